@@ -1,0 +1,55 @@
+"""Errors that a user can act on. The command line prints each as one line and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrebenchError(Exception):
+    """Base of every error that is the input's or the environment's fault, never the program's."""
+
+
+class ConfigError(PrebenchError):
+    """A configuration file, key or override is wrong; the message names file, field and fix."""
+
+
+class DataError(PrebenchError):
+    """A data file, image or mirror is missing, corrupt or does not have the expected schema."""
+
+
+class StoreError(PrebenchError):
+    """A results folder can't be read or written, or its content contradicts the request."""
+
+
+class StudyMismatchError(StoreError):
+    """A study on disk was made with another configuration than the one requested."""
+
+
+class ModelError(PrebenchError):
+    """A model folder can't be used: missing file, wrong variant, unsupported architecture."""
+
+
+class TrainingError(PrebenchError):
+    """Training can't go on: a non-finite loss, an empty data set, a damaged checkpoint."""
+
+
+class EvaluationError(PrebenchError):
+    """An evaluation can't be scored: too many failed documents, a missing task, a dead subprocess."""
+
+
+class ComparisonError(PrebenchError):
+    """Two sets of results can't be compared: variants that were not run, documents that differ."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint such as `` (did you mean 'full'? known: full, smoke)`` for a misspelt name.
+
+    Args:
+        name: what the user wrote.
+        known: the names that would have been right.
+    """
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f" ({hint}known: {', '.join(choices) or 'none'})"

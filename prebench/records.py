@@ -1,0 +1,121 @@
+"""The records that stages exchange: frozen, versioned, JSON-serialisable.
+
+Written by training, probing and evaluation, read by analysis. A field is added with a default and a raised
+`SCHEMA_VERSION`; a field never changes its meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+SCHEMA_VERSION = 1
+
+RecordT = TypeVar("RecordT")
+
+
+def to_dict(record: Any) -> dict[str, Any]:
+    """Return a dataclass record as plain JSON types."""
+    return dataclasses.asdict(record)
+
+
+def from_dict(record_type: type[RecordT], values: Mapping[str, Any]) -> RecordT:
+    """Build a record from JSON, ignoring fields that a newer version may have added.
+
+    Raises:
+        KeyError: a required field is missing.
+    """
+    fields = {f.name: f for f in dataclasses.fields(record_type)}  # type: ignore[arg-type]
+    required = [
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in values:
+            raise KeyError(f"{record_type.__name__}: the field {name!r} is missing")
+    return record_type(**{n: v for n, v in values.items() if n in fields})
+
+
+def content_hash(value: Any) -> str:
+    """Return the first 16 hex digits of the SHA-256 of a JSON value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One document of one task, as answered by one run. `score` is None exactly where `error` is not."""
+
+    doc_id: int
+    """Index of the document in the task's test split."""
+    image_id: str
+    """Cluster for the bootstrap: questions about one image share it."""
+    prompt_hash: str
+    """content_hash of the rendered chat prompt."""
+    image_hash: str
+    """Content hash of the decoded pixels; empty for text-only documents."""
+    question: str
+    """The prompt's text as the task gave it."""
+    target: str
+    """The reference answer (JSON where it is no string)."""
+    response: str | None
+    """The model's answer; None where generation failed."""
+    score: float | None
+    """The per-document score of the task's primary metric; None where the document failed."""
+    error: str | None = None
+    """The reason of a failure, one line."""
+    category: str = ""
+    """Question type, where the data set declares one (for break-downs)."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """The result of one task for one run: `eval/<task>.json`, next to `<task>.samples.jsonl`."""
+
+    task: str
+    label: str
+    """Column title; marks generated data ("gqa on scenes")."""
+    variant: str
+    seed: int
+    primary_metric: str
+    score: float | None
+    """The primary metric's value over the scored documents; None where none was scored."""
+    metrics: dict[str, float]
+    """Every metric that the task's own aggregation returned (fractions or the task's unit)."""
+    n: int
+    n_errors: int
+    data_source: str
+    """"generated" or "real"."""
+    references: dict[str, float] = field(default_factory=dict)
+    """Scores that need no image: `majority`, `blind` (most frequent training answer per question text)."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """What produced it: weights, data, prompts, config."""
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One probe value: `probe.parquet` holds one row per (layer, level, attribute, metric)."""
+
+    layer: int
+    """0 is the input of decoder layer 0; -1 is the vision encoder's output (the reference R)."""
+    num_layers: int
+    """Decoder layers L of the model, so that depth = layer / L."""
+    level: str
+    """"global" (pooled tokens) or "patch" (token structure)."""
+    attribute: str
+    """What is decoded ("background", "shape", ...), or "" for patch structure."""
+    kind: str
+    """"asked", "unasked", "rare" or "" (design: which texts mention the attribute)."""
+    metric: str
+    """"accuracy", "cohesion", "coupling", "contrast_ratio", "centred_difference", "auc"."""
+    value: float
+    n: int
+    """Images (global) or images with a defined value (patch)."""

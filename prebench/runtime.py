@@ -1,0 +1,143 @@
+"""Seeds, determinism, device choice, logging and versions: what every stage sets up in the same way."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import random
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lmms_eval", "pandas", "pillow", "numpy")
+
+logger = logging.getLogger("prebench")
+
+
+def data_dir(name: str) -> Path:
+    """Return the folder of shipped files `tasks` or `configs`.
+
+    In a wheel they lie under `prebench/_data`; in a checkout at the top level.
+    """
+    package = Path(__file__).resolve().parent
+    shipped = package / "_data" / name
+    return shipped if shipped.is_dir() else package.parent / name
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that depends on every part, so that two uses never share a random stream."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, and ask torch for deterministic kernels."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def prepare_cpu() -> None:
+    """Flush denormals (a slow path on CPUs) and keep tokenizers from forking threads."""
+    import torch
+
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device that `name` asks for; `auto` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: `cuda` was asked for and there is none.
+    """
+    import torch
+
+    from prebench.errors import ConfigError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' was asked for, but torch sees no CUDA device; use 'auto' or 'cpu'")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype: `auto` is bfloat16 on CUDA and float32 on a CPU (bf16 is far slower there)."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def file_hash(path: Path) -> str:
+    """Return the first 16 hex digits of a file's SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, prebench and the packages that decide a number."""
+    from prebench import __version__
+
+    found = {"python": platform.python_version(), "prebench": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str:
+    """Return the commit of the checkout that holds this package, or "" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        result = subprocess.run(  # noqa: S603
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
+def hardware() -> dict[str, str]:
+    """Return what the numbers were computed on."""
+    import torch
+
+    return {
+        "machine": platform.machine(),
+        "cpus": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+    }
+
+
+def configure_logging(verbose: bool = False) -> None:
+    """Send prebench's own log lines to stderr and quieten the libraries."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    for name in ("transformers", "datasets", "accelerate", "urllib3", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
