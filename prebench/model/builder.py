@@ -1,0 +1,157 @@
+"""Config to model: a stock LlavaForConditionalGeneration and its processor, with scales at which a small LM learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from prebench.config import ModelConfig, VisionTowerConfig
+from prebench.errors import ModelError
+from prebench.model.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN
+from prebench.runtime import derive_seed
+
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+def build_tokenizer(folder: Path = PRETRAINED / "tokenizer") -> PreTrainedTokenizerFast:
+    """Load the shipped tokenizer (made by `prebench pretrain`)."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder}: no tokenizer.json; `prebench pretrain` makes it")
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def build_processor(config: VisionTowerConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Return the processor: SigLIP's normalisation at the tower's size, and the chat template."""
+    image_processor = SiglipImageProcessor(
+        size={"height": config.image_size, "width": config.image_size},
+        resample=3,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
+    )
+
+
+def vision_config(config: VisionTowerConfig) -> SiglipVisionConfig:
+    """Return the SigLIP-type tower's configuration (no pooling head: LLaVA reads patch tokens)."""
+    return SiglipVisionConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        vision_use_head=False,
+    )
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """Build the model in float32 on the CPU; the same seed gives the same bits.
+
+    The tower's weights come from `config.vision_tower.pretrained`; projector and LM start at random. Embeddings and the
+    projector's output start at the scales that the config names: visual and text tokens of very different norm leave a
+    small LM at chance (docs/experiments.md).
+
+    Raises:
+        ModelError: the pretrained tower is missing or has another shape than the config.
+    """
+    language = config.language_model
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=language.hidden_size,
+        intermediate_size=language.intermediate_size,
+        num_hidden_layers=language.num_hidden_layers,
+        num_attention_heads=language.num_attention_heads,
+        num_key_value_heads=language.num_attention_heads,
+        max_position_embeddings=language.max_position_embeddings,
+        initializer_range=language.initializer_range,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    llava_config = LlavaConfig(
+        vision_config=vision_config(config.vision_tower),
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=(config.vision_tower.image_size // config.vision_tower.patch_size) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    generator = torch.Generator().manual_seed(derive_seed("model", seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("model", seed))
+        model = LlavaForConditionalGeneration(llava_config)
+    if config.vision_tower.pretrained is not None:
+        load_vision_tower(model, config.vision_tower)
+    _scale_start(model, config, generator)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model.float()
+
+
+def load_vision_tower(model: LlavaForConditionalGeneration, config: VisionTowerConfig) -> None:
+    """Copy pretrained weights into the model's vision tower.
+
+    Raises:
+        ModelError: the folder is missing or its shapes differ from the config's.
+    """
+    assert config.pretrained is not None
+    folder = PRETRAINED / "vision_tower" if config.pretrained == "embedded" else Path(config.pretrained)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no vision tower here; `prebench pretrain` makes the embedded one")
+    tower = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32)
+    try:
+        model.model.vision_tower.load_state_dict(tower.state_dict(), strict=True)
+    except RuntimeError as error:
+        summary = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ModelError(f"{folder}: the tower's shape differs from model.vision_tower: {summary}") from error
+
+
+@torch.no_grad()
+def _scale_start(model: LlavaForConditionalGeneration, config: ModelConfig, generator: torch.Generator) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.weight.normal_(0.0, config.language_model.embedding_std, generator=generator)
+    projector: Any = model.model.multi_modal_projector
+    for linear in (projector.linear_1, projector.linear_2):
+        nn.init.normal_(linear.weight, 0.0, linear.in_features**-0.5, generator=generator)
+        nn.init.zeros_(linear.bias)
+    size = config.vision_tower.image_size
+    images = torch.rand((8, 3, size, size), generator=generator) * 2 - 1
+    output: Tensor = projector(vision_features(model, images))
+    projector.linear_2.weight.mul_(config.projector_std / output.std())
+
+
+@torch.no_grad()
+def vision_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """Return the frozen tower's output that the projector reads, [B, N_p, D_v], for images [B, 3, H, W]."""
+    outputs = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
+    layer = model.config.vision_feature_layer
+    assert isinstance(layer, int)
+    features: Tensor = outputs.hidden_states[layer]
+    return features[:, 1:] if model.config.vision_feature_select_strategy == "default" else features

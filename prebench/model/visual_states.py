@@ -1,0 +1,121 @@
+"""The only definition of "visual tokens at layer l"; training and probes both use it.
+
+With L decoder layers, layer 0 is the input of decoder layer 0 (the projector's output as it enters the LLM, h_v^0 of
+arXiv 2603.20808), layer l < L the input of decoder layer l, and layer L the last block's output *before* the final norm
+(transformers' `hidden_states[L]` is after it). All are read by forward pre-hooks, so they are the very tensors of
+the graph, also under activation checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prebench.errors import ModelError
+
+NAMED_LAYERS = {"quarter": 0.25, "half": 0.5, "three_quarters": 0.75, "last": 1.0}
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """Return the decoder stack (embeddings, layers, final norm) of a multimodal model.
+
+    Raises:
+        ModelError: the model does not follow transformers' layout.
+    """
+    inner = getattr(model, "model", model)
+    decoder = getattr(inner, "language_model", None)
+    if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
+        raise ModelError(
+            f"{type(model).__name__}: no decoder layers found at model.language_model.layers with a final norm; "
+            "prebench reads models that follow transformers' LLaVA layout"
+        )
+    return decoder
+
+
+def num_layers(model: nn.Module) -> int:
+    """Return L, the number of decoder layers."""
+    layers = language_model(model).layers
+    assert isinstance(layers, nn.ModuleList)
+    return len(layers)
+
+
+def resolve_layer(layer: str | int, depth: int) -> int:
+    """Return the layer index 1..`depth` for an index or a named fraction ("half" of 32 is 16).
+
+    Raises:
+        ModelError: the index lies outside the model.
+    """
+    index = max(1, round(NAMED_LAYERS[layer] * depth)) if isinstance(layer, str) else layer
+    if not 1 <= index <= depth:
+        raise ModelError(f"regularizer.layer: {layer} lies outside 1..{depth}, the decoder layers of this model")
+    return index
+
+
+def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return the boolean mask of the visual tokens, [B, T], from the model's `image_token_id`.
+
+    Raises:
+        ModelError: the model's config names no image token.
+    """
+    config: Any = model.config
+    token = getattr(config, "image_token_id", None)
+    if token is None:
+        raise ModelError(f"{type(model).__name__}: the config has no image_token_id")
+    return input_ids == token
+
+
+class VisualStates:
+    """Hidden states of one forward pass at the asked layers."""
+
+    def __init__(self, mask_BT: Tensor) -> None:
+        self.mask_BT = mask_BT
+        self._hidden: dict[int, Tensor] = {}
+
+    def record(self, layer: int, hidden_BTD: Tensor) -> None:
+        """Keep the first tensor seen at a layer (a checkpointed block is entered again in the backward pass)."""
+        self._hidden.setdefault(layer, hidden_BTD)
+
+    def at(self, layer: int) -> Tensor:
+        """Return the visual tokens at a layer, [M, D]: all images' tokens one after another, M = sum of N_p."""
+        return self._hidden[layer][self.mask_BT]
+
+    def hidden(self, layer: int) -> Tensor:
+        """Return the whole hidden state at a layer, [B, T, D]."""
+        return self._hidden[layer]
+
+
+@contextmanager
+def capture(model: nn.Module, input_ids: Tensor, layers: Iterable[int]) -> Iterator[VisualStates]:
+    """Record the visual tokens at `layers` (0..L) during the forward pass inside the `with` block.
+
+    Args:
+        model: a multimodal model in transformers' layout (unwrapped).
+        input_ids: [B, T], the prompt of that forward pass; tells which tokens are visual.
+        layers: layer indices as defined in this module's docstring.
+    """
+    decoder = language_model(model)
+    blocks = decoder.layers
+    assert isinstance(blocks, nn.ModuleList) and isinstance(decoder.norm, nn.Module)
+    states = VisualStates(visual_mask(model, input_ids))
+    handles = []
+    for layer in sorted(set(layers)):
+        module = blocks[layer] if layer < len(blocks) else decoder.norm
+        handles.append(module.register_forward_pre_hook(_recorder(states, layer), with_kwargs=True))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(states: VisualStates, layer: int) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(hidden, torch.Tensor)
+        states.record(layer, hidden)
+
+    return hook
