@@ -1,7 +1,7 @@
 """Generated scenes: coloured shapes on a 4 x 4 grid over a textured background, with exact object masks.
 
-A text may mention shape and colour (asked) and size (captions and the rare questions). No text ever mentions the
-background, or the fill pattern, which a scene's objects share. The vision tower is pretrained without the fill.
+A text may mention shape and colour (asked) and size (captions and the rare questions). No text mentions the
+background, or the fill pattern, which the objects of a scene share; the tower is pretrained without the fill.
 """
 
 from __future__ import annotations
