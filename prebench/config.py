@@ -30,7 +30,7 @@ ModelT = TypeVar("ModelT", bound=StrictModel)
 
 
 class RegularizerConfig(StrictModel):
-    """The one block in which variants differ (method.md, 4)."""
+    """The one block in which variants differ."""
 
     type: Literal["predictive"] = "predictive"
     weight: float = Field(0.0, ge=0)
@@ -139,7 +139,11 @@ class StageConfig(StrictModel):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    train_vision_tower: bool = False
+    trainable: tuple[Literal["vision_tower", "multi_modal_projector", "language_model"], ...] = (
+        "multi_modal_projector",
+        "language_model",
+    )
+    """Parts whose weights move; LLaVA's align stage trains the projector alone, on a pretrained LM."""
     caption_share: float = Field(0.0, ge=0, le=1)
     """Share of the examples that are captions instead of questions."""
 
@@ -195,7 +199,7 @@ class AttributeConfig(StrictModel):
 
     name: str
     kind: Literal["asked", "unasked", "rare"]
-    """Mentioned in questions; in no text at all; in 2% of the questions (design.md, 9)."""
+    """Mentioned in questions; in no text at all; in 2% of the questions."""
 
 
 class ProbeConfig(StrictModel):

@@ -31,9 +31,7 @@ def from_dict(record_type: type[RecordT], values: Mapping[str, Any]) -> RecordT:
     """
     fields = {f.name: f for f in dataclasses.fields(record_type)}  # type: ignore[arg-type]
     required = [
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     for name in required:
         if name not in values:

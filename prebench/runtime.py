@@ -110,7 +110,7 @@ def git_commit() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        result = subprocess.run(  # noqa: S603
+        result = subprocess.run(
             ["git", "rev-parse", "HEAD"],  # noqa: S607
             cwd=root,
             capture_output=True,

@@ -1,0 +1,1 @@
+"""Training and test data: generated scenes, easy-VQA, examples, batches, the local mirror."""

@@ -1,0 +1,1 @@
+"""The model: builder, tokenizer, freezing, and the definition of visual states."""

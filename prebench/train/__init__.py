@@ -1,0 +1,1 @@
+"""The shared training core: loop, objective, cached features, regularizers."""

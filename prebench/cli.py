@@ -1,0 +1,320 @@
+"""The `prebench` command. Heavy imports happen inside commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prebench import __version__
+from prebench.errors import ConfigError, PrebenchError
+
+if TYPE_CHECKING:
+    from prebench.config import StudyConfig
+
+DEFAULT_RESULTS = "results"
+
+
+class _Group(click.Group):
+    """Prints expected errors as one line with exit code 2; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PrebenchError as error:
+            click.echo(f"prebench: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None:
+            from prebench.errors import did_you_mean
+
+            raise click.UsageError(f"unknown command {args[0]!r}{did_you_mean(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
+def _split(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    parts = _split(ctx, param, value)
+    if parts is None:
+        return None
+    if not parts or not all(part.isdigit() for part in parts):
+        raise click.BadParameter(f"{value!r}: write whole numbers separated by commas, such as 0,1,2")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def results_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --results."""
+    return click.option(
+        "--results",
+        type=click.Path(path_type=Path),
+        default=DEFAULT_RESULTS,
+        show_default=True,
+        help="Folder that holds the studies.",
+    )(function)
+
+
+def study_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --study."""
+    return click.option("--study", help="Study name; the only or the latest study in the results folder by default.")(
+        function
+    )
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="prebench")
+def main() -> None:
+    """Does a training objective make a multimodal LLM see better?
+
+    Trains a baseline and variants through one core, evaluates them with lmms-eval, probes every layer's visual tokens,
+    and compares with intervals.
+
+    \b
+    Examples:
+      prebench run --suite smoke                 the whole chain in two minutes
+      prebench run --suite full                  the embedded experiment
+      prebench compare baseline pre              differences with 95% intervals
+      prebench list                              presets, suites, variants, tasks, studies
+    """
+
+
+@main.command()
+@click.option("--suite", default="full", show_default=True, help="What is measured: a name or a YAML file.")
+@click.option("--preset", help="Model, data and recipe: a name or a YAML file. The suite's own by default.")
+@click.option("--variants", callback=_split, help="Training objectives, separated by commas.")
+@click.option("--seeds", callback=_seeds, help="Seeds, separated by commas.")
+@click.option("--name", help="Study name; <suite>-<preset> by default.")
+@results_option
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one field of the preset.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
+def run(results: Path, dry_run: bool, **request: Any) -> None:
+    """Train, evaluate, probe and tabulate a study; go on where it stopped.
+
+    The same command on a finished study does nothing; more seeds, variants or tasks extend it; another preset or recipe
+    under the same name is refused.
+
+    \b
+    Examples:
+      prebench run --suite smoke
+      prebench run --suite full --seeds 0,1,2
+      prebench run --suite full --name short --set train.instruct.steps=300
+    """
+    from prebench import pipeline
+    from prebench.study import plan_study
+
+    config = _study_config(**request)
+    folder = results / config.name
+    if dry_run:
+        _echo_plan(folder, plan_study(folder, config))
+        return
+    paths = pipeline.run_study(folder, config)
+    _echo_summary(folder, paths)
+
+
+def _study_config(
+    suite: str,
+    preset: str | None,
+    variants: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    name: str | None,
+    overrides: Sequence[str],
+) -> StudyConfig:
+    from prebench.config import StudyConfig, load_preset, load_suite, load_variant
+
+    chosen_suite = load_suite(suite)
+    chosen_preset = load_preset(preset or chosen_suite.defaults.preset, overrides)
+    study_name = name or f"{chosen_suite.name}-{chosen_preset.name}"
+    if not study_name or "/" in study_name or study_name.startswith("."):
+        raise ConfigError(f"--name {study_name!r}: a plain folder name is expected")
+    return StudyConfig(
+        name=study_name,
+        preset=chosen_preset,
+        suite=chosen_suite,
+        variants=tuple(load_variant(v) for v in dict.fromkeys(variants or chosen_suite.defaults.variants)),
+        seeds=tuple(seeds or chosen_suite.defaults.seeds),
+    )
+
+
+def _echo_plan(folder: Path, config: StudyConfig) -> None:
+    from prebench import pipeline
+
+    todo = pipeline.plan(folder, config)
+    recipe = config.preset.train
+    click.echo(f"study      {folder}")
+    click.echo(f"preset     {config.preset.name}: {config.preset.description}")
+    click.echo(f"recipe     align {recipe.align.steps} + instruct {recipe.instruct.steps} steps")
+    click.echo(f"trained    {', '.join(todo.done) or 'none'}")
+    click.echo(f"to train   {', '.join(todo.train) or 'none'}")
+    click.echo(f"tasks      {', '.join(todo.tasks)}")
+    click.echo("nothing was written")
+
+
+def _echo_summary(folder: Path, paths: Sequence[Path]) -> None:
+    from prebench.analysis.join import load_study
+    from prebench.analysis.summary import summary_text
+
+    click.echo(summary_text(load_study(folder)))
+    click.echo("written:")
+    for path in paths:
+        click.echo(f"  {path}")
+
+
+def _chosen_study(results: Path, study: str | None) -> Path:
+    from prebench.analysis.join import find_study
+
+    return find_study(results, study)
+
+
+@main.command()
+@click.argument("baseline")
+@click.argument("variant")
+@study_option
+@results_option
+@click.option(
+    "--format", "form", type=click.Choice(["text", "csv", "latex", "json"]), default="text", show_default=True
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file.")
+def compare(baseline: str, variant: str, study: str | None, results: Path, form: str, output: Path | None) -> None:
+    """Set two variants side by side: paired differences with 95% intervals.
+
+    \b
+    Examples:
+      prebench compare baseline pre
+      prebench compare baseline pre --format latex -o pre.tex
+    """
+    from prebench.analysis.compare import compare as compare_variants
+    from prebench.analysis.compare import render
+    from prebench.analysis.join import load_study
+    from prebench.store import write_text
+
+    text = render(compare_variants(load_study(_chosen_study(results, study)), baseline, variant), form)
+    if output is None:
+        click.echo(text)
+    else:
+        write_text(output, text if text.endswith("\n") else text + "\n")
+        click.echo(f"written: {output}", err=True)
+
+
+@main.command()
+@study_option
+@results_option
+def train(study: str | None, results: Path) -> None:
+    """Train and export the study's missing runs, and nothing else."""
+    from prebench import pipeline
+    from prebench.study import locked, read_study
+
+    folder = _chosen_study(results, study)
+    with locked(folder):
+        pipeline.train_all(folder, read_study(folder))
+
+
+@main.command()
+@study_option
+@results_option
+@click.option("--tasks", callback=_split, help="lmms-eval task ids of the suite; all by default.")
+def evaluate(study: str | None, results: Path, tasks: tuple[str, ...] | None) -> None:
+    """Evaluate the study's trained runs on its benchmark tasks."""
+    from prebench.study import read_study
+
+    folder = _chosen_study(results, study)
+    names = [task.task for task in read_study(folder).suite.tasks]
+    _evaluate(folder, names, tasks or names)
+
+
+@main.command()
+@study_option
+@results_option
+def probe(study: str | None, results: Path) -> None:
+    """Probe the visual tokens of the study's trained runs at every layer."""
+    from prebench.study import read_study
+
+    folder = _chosen_study(results, study)
+    config = read_study(folder).suite.probe
+    if config is None:
+        raise ConfigError(f"{folder}: the suite of this study has no probe")
+    _evaluate(folder, [config.task], [config.task])
+
+
+def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str]) -> None:
+    from prebench import pipeline
+    from prebench.errors import did_you_mean
+    from prebench.study import locked, read_study
+
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"--tasks: unknown task {task!r}{did_you_mean(task, known)}")
+    with locked(folder):
+        pipeline.evaluate_all(folder, read_study(folder), tasks)
+
+
+@main.command()
+@study_option
+@results_option
+def report(study: str | None, results: Path) -> None:
+    """Rebuild scores, tables and figures from the records, and print the summary."""
+    from prebench import pipeline
+
+    folder = _chosen_study(results, study)
+    _echo_summary(folder, pipeline.write_report(folder))
+
+
+@main.command(name="list")
+@click.argument("kind", required=False, type=click.Choice(["presets", "suites", "variants", "tasks", "studies"]))
+@results_option
+def list_command(kind: str | None, results: Path) -> None:
+    """Show what there is: presets, suites, variants, tasks, studies."""
+    for section in [kind] if kind else ["presets", "suites", "variants", "tasks", "studies"]:
+        click.echo(f"{section}:")
+        for name, description in _listing(section, results):
+            click.echo(f"  {name:<24} {description}".rstrip())
+
+
+def _listing(section: str, results: Path) -> list[tuple[str, str]]:
+    from prebench.config import KINDS, list_configs, load_preset, load_suite, load_variant
+
+    if section == "studies":
+        folders = sorted(path.parent for path in results.glob("*/study.yaml"))
+        return [(folder.name, str(folder)) for folder in folders]
+    if section == "tasks":
+        suites = [load_suite(name) for name in list_configs("suites")]
+        tasks = {t.task: f"{t.label} ({t.data_source} data)" for suite in suites for t in suite.tasks}
+        return sorted(tasks.items())
+    assert section in KINDS
+    load: Any = {"presets": load_preset, "suites": load_suite, "variants": load_variant}[section]
+    return [(name, load(name).description) for name in list_configs(section)]
+
+
+@main.command()
+@click.option(
+    "--to",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Output folder; by default the parts that ship with the package are replaced.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps; the shipped recipe's by default.")
+def pretrain(folder: Path | None, steps: int | None) -> None:
+    """Make the embedded preset's vision tower and tokenizer again (minutes)."""
+    from prebench.model.pretrain import DEFAULT_FOLDER, PretrainConfig
+    from prebench.model.pretrain import pretrain as make
+    from prebench.progress import ProgressLine
+
+    config = PretrainConfig() if steps is None else PretrainConfig(steps=steps)
+    target = folder or DEFAULT_FOLDER
+    with ProgressLine("pretrain", config.steps) as line:
+        manifest = make(target, config, lambda done, _total, loss: line.update(done, f"loss {loss:.3f}"))
+    for name, value in manifest["accuracies"].items():
+        click.echo(f"{name:<14} {value:.3f}")
+    click.echo(f"written: {target}")
+
+
+if __name__ == "__main__":
+    main()

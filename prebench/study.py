@@ -1,0 +1,165 @@
+"""A study on disk: opening, extending, or refusing it. One process works on a study at a time.
+
+The configuration of what was computed never changes under a study's name: seeds, variants and tasks can be added; a
+changed preset, variant or task is refused with the difference.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prebench.config import StudyConfig, SuiteConfig, diff, dump_yaml, read_yaml, validate
+from prebench.errors import StoreError, StudyMismatchError
+from prebench.store import write_text
+
+STUDY_FILE = "study.yaml"
+MAX_DIFF_LINES = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Return the run's folder name."""
+        return f"{self.variant}-s{self.seed}"
+
+    @property
+    def model_dir(self) -> Path:
+        """Return the exported Hugging Face folder."""
+        return self.folder / "model"
+
+
+def study_folder(results: Path, name: str) -> Path:
+    """Return where a study lies."""
+    return results / name
+
+
+def runs(folder: Path, config: StudyConfig) -> list[Run]:
+    """Return the study's runs, seed by seed, so that an interrupted study has whole seeds to compare."""
+    return [
+        Run(variant.name, seed, folder / "runs" / f"{variant.name}-s{seed}")
+        for seed in config.seeds
+        for variant in config.variants
+    ]
+
+
+def read_study(folder: Path) -> StudyConfig:
+    """Read `study.yaml`.
+
+    Raises:
+        StoreError: there is no study here.
+    """
+    path = folder / STUDY_FILE
+    if not path.is_file():
+        raise StoreError(f"{folder}: no study here (no {STUDY_FILE})")
+    return validate(StudyConfig, read_yaml(path), str(path))
+
+
+def open_study(folder: Path, requested: StudyConfig) -> StudyConfig:
+    """Create the study, or extend the one on disk by the requested seeds, variants and tasks.
+
+    Raises:
+        StudyMismatchError: what is on disk was made with another preset, variant, task or probe.
+        StoreError: the folder can't be written.
+    """
+    config = plan_study(folder, requested)
+    text = dump_yaml(config)
+    path = folder / STUDY_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+    return config
+
+
+def plan_study(folder: Path, requested: StudyConfig) -> StudyConfig:
+    """Return what `open_study` would make of the request, writing nothing."""
+    if not (folder / STUDY_FILE).is_file():
+        return requested
+    found = read_study(folder)
+    return extend(found, requested, folder)
+
+
+def extend(found: StudyConfig, requested: StudyConfig, folder: Path) -> StudyConfig:
+    """Return the union of two configurations that agree on everything they share."""
+    lines = list(_conflicts(found, requested))
+    if lines:
+        shown = "; ".join(lines[:MAX_DIFF_LINES]) + ("; ..." if len(lines) > MAX_DIFF_LINES else "")
+        raise StudyMismatchError(
+            f"{folder}: this study was made with another configuration: {shown}. "
+            "Take another --name, or the configuration of the study"
+        )
+    names = {variant.name for variant in found.variants}
+    tasks = {task.task for task in found.suite.tasks}
+    suite = found.suite.model_copy(
+        update={
+            "tasks": (*found.suite.tasks, *(t for t in requested.suite.tasks if t.task not in tasks)),
+            "probe": found.suite.probe or requested.suite.probe,
+        }
+    )
+    return found.model_copy(
+        update={
+            "suite": suite,
+            "variants": (*found.variants, *(v for v in requested.variants if v.name not in names)),
+            "seeds": tuple(dict.fromkeys((*found.seeds, *requested.seeds))),
+        }
+    )
+
+
+def _conflicts(found: StudyConfig, requested: StudyConfig) -> Iterator[str]:
+    yield from diff(_comparable(found.preset), _comparable(requested.preset), "preset")
+    variants = {v.name: v for v in found.variants}
+    for variant in requested.variants:
+        if variant.name in variants:
+            yield from diff(_comparable(variants[variant.name]), _comparable(variant), f"variant {variant.name}")
+    yield from _suite_conflicts(found.suite, requested.suite)
+
+
+def _suite_conflicts(found: SuiteConfig, requested: SuiteConfig) -> Iterator[str]:
+    tasks = {task.task: task for task in found.tasks}
+    for task in requested.tasks:
+        if task.task in tasks:
+            yield from diff(tasks[task.task].model_dump(), task.model_dump(), f"task {task.task}")
+    if found.probe is not None and requested.probe is not None:
+        yield from diff(_comparable(found.probe), _comparable(requested.probe), "probe")
+    if found.mirror_seed != requested.mirror_seed:
+        yield f"suite.mirror_seed: {found.mirror_seed} -> {requested.mirror_seed}"
+
+
+def _comparable(model: object) -> dict[str, object]:
+    dumped: dict[str, object] = model.model_dump(mode="json")  # type: ignore[attr-defined]
+    dumped.pop("description", None)
+    return dumped
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the study for one process.
+
+    Raises:
+        StoreError: another process works on it, or the folder can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: can't be written ({error.strerror}); choose another folder with --results"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(f"{folder}: another prebench process works on this study; wait for it") from error
+        yield
+    finally:
+        os.close(handle)

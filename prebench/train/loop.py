@@ -1,0 +1,286 @@
+"""The training loop: one explicit loop on accelerate for every variant, stage after stage.
+
+Input: a run's configuration and the study's training data. Output: the trained model and `train.jsonl`. The only thing
+that differs between two variants is the regularizer block that `build_regularizer` reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
+
+from prebench.config import RegularizerConfig, StageConfig, TrainConfig
+from prebench.data.collator import Batch, ExampleOrder, encode_example, pad
+from prebench.data.examples import Example, TrainingData
+from prebench.errors import TrainingError
+from prebench.model.freezing import freeze_for_stage
+from prebench.model.visual_states import num_layers
+from prebench.runtime import derive_seed, logger, seed_everything
+from prebench.train.features import FeatureCache
+from prebench.train.objective import LossTerms, Objective
+from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
+
+STAGES = ("align", "instruct")
+
+LogLine = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What every run of a study shares."""
+
+    data: TrainingData
+    processor: Any
+    features: FeatureCache | None
+    """The frozen tower's outputs; None computes them in every step."""
+
+
+def build_regularizer(
+    config: RegularizerConfig | None, model: LlavaForConditionalGeneration, seed: int
+) -> PredictiveRegularizer | None:
+    """Return the variant's regularizer for this model, or None where the variant has none."""
+    if config is None:
+        return None
+    hidden_size = model.config.text_config.hidden_size
+    pre_llm = config.anchor == "pre_llm"
+    return PredictiveRegularizer(
+        config,
+        hidden_size=hidden_size,
+        anchor_size=hidden_size if pre_llm else model.config.vision_config.hidden_size,
+        depth=num_layers(model),
+        generator=torch.Generator().manual_seed(derive_seed("predictor", seed)),
+    )
+
+
+def train(
+    model: LlavaForConditionalGeneration,
+    regularizer: PredictiveRegularizer | None,
+    config: TrainConfig,
+    inputs: TrainingInputs,
+    seed: int,
+    log: Callable[[LogLine], None],
+) -> None:
+    """Train in place through all stages.
+
+    Args:
+        model: the model at its start (float32); trained in place.
+        regularizer: the variant's term, or None.
+        config: the recipe.
+        inputs: data, processor and cached features.
+        seed: decides data order; the model's start was decided by its builder.
+        log: receives one dict per logged step.
+
+    Raises:
+        TrainingError: a loss or gradient norm is not finite (before the optimiser's step).
+    """
+    seed_everything(derive_seed("train", seed))
+    accelerator = build_accelerator(config)
+    objective = Objective(model, regularizer)
+    for name in STAGES:
+        stage: StageConfig = getattr(config, name)
+        if stage.steps > 0:
+            _train_stage(accelerator, objective, stage, name, config, inputs, seed, log)
+    model.to("cpu")
+    model.eval()
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Return accelerate's front end for the configured device and precision."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and not cpu)
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+
+
+class _MicroBatches(Dataset[Batch]):
+    """The micro-batches of one process, in order: item k is accumulation part k % A of optimiser step k // A."""
+
+    def __init__(self, order: ExampleOrder, inputs: TrainingInputs, accelerator: Accelerator, cached: bool) -> None:
+        self.order = order
+        self.inputs = inputs
+        self.cached = cached
+        stage = order.stage
+        parts = stage.gradient_accumulation_steps * accelerator.num_processes
+        if stage.batch_size % parts:
+            raise TrainingError(
+                f"batch_size {stage.batch_size} is no multiple of accumulation steps x processes = {parts}"
+            )
+        self._size = stage.batch_size // parts
+        self._rank = accelerator.process_index
+        self._processes = accelerator.num_processes
+        size = inputs.processor.image_processor.size["height"] // inputs.processor.patch_size
+        self._num_image_tokens = size * size
+
+    def __len__(self) -> int:
+        return self.order.stage.steps * self.order.stage.gradient_accumulation_steps
+
+    def __getitem__(self, index: int) -> Batch:
+        step, part = divmod(index, self.order.stage.gradient_accumulation_steps)
+        first = (part * self._processes + self._rank) * self._size
+        return self.collate(self.order.batch(step, slice(first, first + self._size)))
+
+    def collate(self, examples: list[Example]) -> Batch:
+        processor = self.inputs.processor
+        encoded = [encode_example(processor, e.messages, self._num_image_tokens) for e in examples]
+        input_ids, attention_mask, labels = pad(encoded, processor.tokenizer.pad_token_id)
+        image_ids = tuple(e.image_id for e in examples)
+        features = pixel_values = None
+        if self.cached:
+            assert self.inputs.features is not None
+            features = self.inputs.features.get(image_ids)
+        else:
+            images = [self.inputs.data.image(i) for i in image_ids]
+            pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return Batch(input_ids, attention_mask, labels, image_ids, pixel_values, features)
+
+
+def _train_stage(
+    accelerator: Accelerator,
+    objective: Objective,
+    stage: StageConfig,
+    name: str,
+    config: TrainConfig,
+    inputs: TrainingInputs,
+    seed: int,
+    log: Callable[[LogLine], None],
+) -> None:
+    model, regularizer = objective.model, objective.regularizer
+    trainable = freeze_for_stage(model, stage.trainable)
+    logger.debug("stage %s trains %s", name, trainable)
+    cached = inputs.features is not None and "vision_tower" not in stage.trainable
+    micro_batches = _MicroBatches(ExampleOrder(inputs.data, stage, name, seed), inputs, accelerator, cached)
+    model_parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(model_parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps)
+    predictor_parameters = list(regularizer.parameters()) if regularizer is not None else []
+    predictor_optimizer = None
+    if regularizer is not None:
+        predictor_optimizer = torch.optim.AdamW(predictor_parameters, lr=regularizer.config.learning_rate)
+    wrapped = accelerator.prepare(objective)
+    wrapped.train()
+    drift = _AnchorDrift(objective, inputs, accelerator.device)
+    steps = _optimiser_steps(micro_batches, stage.gradient_accumulation_steps)
+    for step, batches in enumerate(steps):
+        started = time.perf_counter()
+        terms, counts = _accumulate(accelerator, wrapped, batches, regularizer)
+        norm = accelerator.clip_grad_norm_(model_parameters, stage.max_grad_norm)
+        predictor_norm = None
+        if regularizer is not None:
+            predictor_norm = accelerator.clip_grad_norm_(predictor_parameters, regularizer.config.max_grad_norm)
+        line = _log_line(accelerator, terms, counts, norm, predictor_norm, stage)
+        _require_finite(line, name, step, batches)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if predictor_optimizer is not None:
+            predictor_optimizer.step()
+            predictor_optimizer.zero_grad(set_to_none=True)
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+        if step % config.log_every == 0 or step == stage.steps - 1:
+            line |= {"stage": name, "step": step, "steps": stage.steps, "learning_rate": learning_rate}
+            line |= anchor_statistics(terms[-1].anchor) | {"anchor_drift": drift()}
+            line |= {"batch_hash": batches[-1].hash, "seconds": time.perf_counter() - started}
+            if accelerator.is_main_process:
+                log(line)
+
+
+def _optimiser_steps(micro_batches: _MicroBatches, accumulation: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in DataLoader(micro_batches, batch_size=None, shuffle=False):
+        group.append(batch)
+        if len(group) == accumulation:
+            yield group
+            group = []
+
+
+def _accumulate(
+    accelerator: Accelerator,
+    wrapped: Any,
+    batches: list[Batch],
+    regularizer: PredictiveRegularizer | None,
+) -> tuple[list[LossTerms], tuple[int, int]]:
+    """Run forward and backward over the micro-batches, normalised by the counts of the global batch."""
+    local = torch.tensor(
+        [sum(b.num_targets for b in batches), sum(len(b.image_ids) for b in batches)], device=accelerator.device
+    )
+    targets, images = accelerator.reduce(local, reduction="sum").tolist()
+    weight = regularizer.config.weight if regularizer is not None else 0.0
+    terms = []
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with accelerator.autocast(), _maybe_no_sync(accelerator, wrapped, last):
+            term = wrapped(batch.to(accelerator.device))
+            # Processes average their gradients; the factor turns the mean into the global batch's sum.
+            loss = term.total(targets, images, weight) * accelerator.num_processes
+            accelerator.backward(loss)
+        terms.append(term)
+    return terms, (targets, images)
+
+
+def _maybe_no_sync(accelerator: Accelerator, wrapped: Any, last: bool) -> Any:
+    import contextlib
+
+    return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
+
+
+def _log_line(
+    accelerator: Accelerator,
+    terms: list[LossTerms],
+    counts: tuple[int, int],
+    norm: Tensor,
+    predictor_norm: Tensor | None,
+    stage: StageConfig,
+) -> LogLine:
+    targets, images = counts
+    lm_sum = accelerator.reduce(sum(t.lm_sum.detach() for t in terms), reduction="sum")
+    line: LogLine = {
+        "lm_loss": lm_sum.item() / max(1, targets),
+        "pre_loss": None,
+        "grad_norm": float(norm),
+        "clipped": float(norm) > stage.max_grad_norm,
+        "predictor_grad_norm": None if predictor_norm is None else float(predictor_norm),
+        "num_targets": targets,
+    }
+    if terms[0].pre_sum is not None:
+        pre_sum = accelerator.reduce(sum(t.pre_sum.detach() for t in terms if t.pre_sum is not None), "sum")
+        line["pre_loss"] = pre_sum.item() / max(1, images)
+    return line
+
+
+def _require_finite(line: LogLine, stage: str, step: int, batches: list[Batch]) -> None:
+    for name in ("lm_loss", "pre_loss", "grad_norm", "predictor_grad_norm"):
+        value = line[name]
+        if value is not None and not torch.isfinite(torch.tensor(value)):
+            images = ", ".join(batches[-1].image_ids[:4])
+            raise TrainingError(
+                f"{stage} step {step}: {name} is {value}; stopped before the optimiser's step (batch "
+                f"{batches[-1].hash}, images {images}, ...); lower train.{stage}.learning_rate"
+            )
+
+
+class _AnchorDrift:
+    """Mean cosine between today's h_v^0 and that of the stage's start, on a few fixed images."""
+
+    def __init__(self, objective: Objective, inputs: TrainingInputs, device: torch.device) -> None:
+        self._projector = objective.model.model.multi_modal_projector
+        self._features = None
+        if inputs.features is not None:
+            self._features = inputs.features.get(inputs.data.image_ids[:8]).to(device)
+        self._start = self._project()
+
+    @torch.no_grad()
+    def _project(self) -> Tensor | None:
+        return None if self._features is None else self._projector(self._features).float()
+
+    def __call__(self) -> float | None:
+        now = self._project()
+        if now is None or self._start is None:
+            return None
+        return torch.nn.functional.cosine_similarity(now, self._start, dim=-1).mean().item()

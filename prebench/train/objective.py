@@ -1,0 +1,94 @@
+"""The one place where the loss is made: loss = lm_loss + weight * pre_loss, for every variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from prebench.data.collator import IGNORE_INDEX, Batch
+from prebench.model.builder import vision_features
+from prebench.model.visual_states import VisualStates, capture
+from prebench.train.regularizers.predictive import PredictiveRegularizer
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Sums over one micro-batch, to be divided by the counts of the whole global batch."""
+
+    lm_sum: Tensor
+    """Cross-entropy summed over target tokens (nats)."""
+    pre_sum: Tensor | None
+    """L_PRe summed over images; None without a regularizer."""
+    anchor: Tensor
+    """h_v^0, [M, D], detached: for the log."""
+
+    def total(self, num_targets: int, num_images: int, weight: float) -> Tensor:
+        """Return lm_loss + weight * pre_loss for this micro-batch's share of the global batch.
+
+        At weight 0 pre_sum comes from detached states, so adding it trains the predictor and changes nothing else: the
+        model's gradients are those of lm_loss bit for bit.
+        """
+        lm_loss = self.lm_sum / max(1, num_targets)
+        if self.pre_sum is None or num_images == 0:
+            return lm_loss
+        return lm_loss + (weight if weight > 0 else 1.0) * self.pre_sum / num_images
+
+
+class Objective(nn.Module):
+    """Model and regularizer as one module, so that accelerate wraps, shards and synchronises them together."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, regularizer: PredictiveRegularizer | None) -> None:
+        super().__init__()
+        self.model = model
+        self.regularizer = regularizer
+
+    def forward(self, batch: Batch) -> LossTerms:
+        """Run the decoder once and return the loss sums of a micro-batch.
+
+        The LM head is applied to positions that have a target only; the rest of the logits would be thrown away.
+        """
+        inner = self.model.model
+        features = batch.vision_features
+        if features is None:
+            features = self._encode(batch.pixel_values)
+        projected = inner.multi_modal_projector(features)
+        layers = {0, *(self.regularizer.layers if self.regularizer is not None else ())}
+        with capture(self.model, batch.input_ids, layers) as states:
+            outputs = inner(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(projected))}
+                if len(projected)
+                else None,
+                use_cache=False,
+            )
+        lm_sum = self._lm_sum(outputs.last_hidden_state, batch.labels)
+        return LossTerms(lm_sum, self._pre_sum(states, features), states.at(0).detach())
+
+    def _encode(self, pixel_values: Tensor | None) -> Tensor:
+        assert pixel_values is not None
+        learning = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
+        if not learning:
+            return vision_features(self.model, pixel_values)
+        outputs = self.model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
+        features: Tensor = outputs.hidden_states[self.model.config.vision_feature_layer]
+        return features[:, 1:] if self.model.config.vision_feature_select_strategy == "default" else features
+
+    def _lm_sum(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        targets = labels_BT[:, 1:]
+        is_target = targets != IGNORE_INDEX
+        logits = self.model.lm_head(hidden_BTD[:, :-1][is_target])
+        return F.cross_entropy(logits.float(), targets[is_target], reduction="sum")
+
+    def _pre_sum(self, states: VisualStates, features: Tensor) -> Tensor | None:
+        if self.regularizer is None:
+            return None
+        images, tokens = features.shape[:2]
+        image_of_token = torch.arange(images, device=features.device).repeat_interleave(tokens)
+        result: Tensor = self.regularizer(states, features, image_of_token)
+        return result

@@ -1,0 +1,109 @@
+"""Predictive Regularization (PRe): middle-layer visual tokens predict the tokens that entered the LLM.
+
+L_PRe = - (1 / N_p) * sum_i cos(f_pred(h_{v,i}^l), stopgrad(h_{v,i}^0)), averaged over images; f_pred is a two-layer MLP
+that exists in training only (arXiv 2603.20808, section on Predictive Regularization).
+
+Shape suffixes: M visual tokens of all images together, D the LM's width, A the anchor's width, I images.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prebench.config import RegularizerConfig
+from prebench.model.visual_states import VisualStates, resolve_layer
+
+
+class PredictiveRegularizer(nn.Module):
+    """The predictor f_pred and its loss. At weight 0 it reads detached states: fitted and logged, felt by nothing.
+
+    Args:
+        config: the variant's regularizer block.
+        hidden_size: D, the LM's width.
+        anchor_size: A, the width of what is predicted.
+        depth: L, the LM's number of layers.
+        generator: source of the predictor's initial weights, so that the global random state is never touched.
+    """
+
+    def __init__(
+        self,
+        config: RegularizerConfig,
+        *,
+        hidden_size: int,
+        anchor_size: int,
+        depth: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = resolve_layer(config.layer, depth)
+        width = config.hidden_size or hidden_size
+        first = nn.utils.skip_init(nn.Linear, hidden_size, width)
+        second = nn.utils.skip_init(nn.Linear, width, anchor_size)
+        for linear in (first, second):
+            bound = linear.in_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+            nn.init.zeros_(linear.bias)
+        self.predictor = nn.Sequential(first, nn.GELU(), second)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Return the decoder layers whose visual tokens are read: 0 (the anchor) and l."""
+        return (0, self.layer)
+
+    def forward(self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor) -> Tensor:
+        """Return L_PRe summed over images (a scalar; divide by the number of images).
+
+        Args:
+            states: hidden states of this forward pass at `layers`.
+            vision_features: [I, N_p, A], the vision tower's output (the "pre_projector" anchor).
+            image_of_token: [M], which image each visual token belongs to, 0..I-1.
+        """
+        hidden_MD = states.at(self.layer)
+        if self.config.weight == 0:
+            hidden_MD = hidden_MD.detach()
+        pre_llm = self.config.anchor == "pre_llm"
+        anchor_MA = (states.at(0) if pre_llm else vision_features.flatten(0, 1)).detach()
+        share_M = token_shares(image_of_token)
+        if self.config.level == "global":
+            hidden_MD = pool_by_image(hidden_MD, image_of_token, share_M)
+            anchor_MA = pool_by_image(anchor_MA, image_of_token, share_M)
+            share_M = torch.ones_like(share_M[: len(hidden_MD)])
+        cosine_M = F.cosine_similarity(self.predictor(hidden_MD).float(), anchor_MA.float(), dim=-1)
+        return -(cosine_M * share_M).sum()
+
+
+def token_shares(image_of_token: Tensor) -> Tensor:
+    """Return 1 / N_p of each token's image, [M] float32: a weighted sum over tokens is then a sum of image means."""
+    counts = torch.bincount(image_of_token)
+    return counts.clamp(min=1).float().reciprocal()[image_of_token]
+
+
+def pool_by_image(tokens_MD: Tensor, image_of_token: Tensor, share_M: Tensor) -> Tensor:
+    """Return the mean token of each image, [I, D]."""
+    images = int(image_of_token.max()) + 1 if len(image_of_token) else 0
+    pooled = tokens_MD.new_zeros((images, tokens_MD.shape[-1]))
+    return pooled.index_add(0, image_of_token, tokens_MD * share_M.to(tokens_MD.dtype).unsqueeze(-1))
+
+
+@torch.no_grad()
+def anchor_statistics(anchor_MD: Tensor) -> dict[str, float]:
+    """Return the health of the anchor: what a trivial solution would exploit.
+
+    `anchor_norm` is the mean L2 norm; `anchor_rank` the participation ratio (sum of eigenvalues)^2 / sum of squared
+    eigenvalues of the covariance; `constant_cosine` the mean cosine that the best constant predictor reaches, which is
+    the length of the mean unit vector.
+    """
+    tokens = anchor_MD.float()
+    centred = tokens - tokens.mean(0)
+    covariance = centred.T @ centred / max(1, len(tokens) - 1)
+    trace = covariance.diagonal().sum()
+    rank = trace.square() / covariance.square().sum().clamp(min=1e-12)
+    constant = F.normalize(tokens, dim=-1).mean(0).norm()
+    return {
+        "anchor_norm": tokens.norm(dim=-1).mean().item(),
+        "anchor_rank": rank.item(),
+        "constant_cosine": constant.item(),
+    }

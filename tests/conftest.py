@@ -1,0 +1,42 @@
+"""Shared fixtures: a tiny random LLaVA with the real classes, exported as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prebench.config import ModelConfig
+from prebench.model.builder import build_model, build_processor
+from prebench.model.tokenizer import train_tokenizer
+from prebench.store import write_json
+
+WORDS = ["is there a red circle?", "what color is the circle?", "yes no red blue circle square", "describe the image."]
+TINY = ModelConfig.model_validate(
+    {
+        "vision_tower": {"pretrained": None, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64},
+        "language_model": {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64},
+    }
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return train_tokenizer(WORDS * 20, vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
+    """A tiny random model as `prebench export` would leave it (4 decoder layers, 64 visual tokens)."""
+    folder = tmp_path_factory.mktemp("export") / "model"
+    build_model(TINY, tiny_tokenizer, seed=0).save_pretrained(folder)
+    build_processor(TINY.vision_tower, tiny_tokenizer).save_pretrained(folder)
+    manifest = {"variant": "pre", "seed": 0, "num_layers": 4, "regularizer_layer": 2, "config_hash": "c", "weights_hash": "w"}
+    write_json(folder / "prebench.json", manifest)
+    return folder
