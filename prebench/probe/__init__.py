@@ -1,0 +1,1 @@
+"""Internal visual probes: extraction, linear probes, patch structure."""
