@@ -1,0 +1,1 @@
+"""Evaluation through lmms-eval: engine, adapter, runner. The only package that imports lmms_eval."""

@@ -1,0 +1,250 @@
+"""Drives lmms-eval's own Task objects: requests, answers, scores, aggregates, records.
+
+lmms-eval's evaluator has no channel for errors, so its loop is not used; its tasks are, unmodified. A document that
+fails to load, to generate or to be scored becomes a record with an error and enters no aggregate.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.tasks import TaskManager, get_task_dict
+
+from prebench.config import TaskConfig
+from prebench.errors import EvaluationError
+from prebench.evaluation import scores
+from prebench.evaluation.adapter import late_messages, probe_answers
+from prebench.evaluation.engine import Answer, Engine, GenerationRequest, greedy_settings, one_line
+from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
+from prebench.evaluation.prompts import DOCUMENT_ERRORS
+from prebench.evaluation.request import PROBE_FILE, PROBE_HASHES, EvaluationRequest, RunRequest, TaskSource
+from prebench.records import ProbeRow, SampleRecord, TaskRecord
+from prebench.runtime import versions
+from prebench.store import read_json, write_bytes, write_jsonl, write_record
+
+MODEL_NAME = "prebench"
+"""Under which tasks look for model-specific prompts: one name for all variants, so that prompts agree."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with title, documents done and their total."""
+
+
+class LoadedTask:
+    """An lmms-eval task with its documents; serves any number of runs."""
+
+    def __init__(self, source: TaskSource) -> None:
+        """Load the task's definition and its data from the working directory.
+
+        Raises:
+            EvaluationError: the task needs a judge, does not generate, or its data can't be loaded.
+        """
+        scores.require_judge_free(source.task)
+        self.name = source.task
+        manager = TaskManager("ERROR", str(source.yaml_path.parent), include_defaults=False, model_name=MODEL_NAME)
+        try:
+            self.task: Any = get_task_dict([source.task], manager, task_type="chat")[source.task]
+        except DOCUMENT_ERRORS as error:
+            raise EvaluationError(f"task {source.task!r}: can't be loaded: {one_line(_cause(error))}") from error
+        if self.task.OUTPUT_TYPE != "generate_until":
+            raise EvaluationError(f"task {self.name!r}: output type {self.task.OUTPUT_TYPE!r} is not supported")
+        self.documents = self.task.eval_docs
+        self.bare = self.task.eval_docs_no_media
+        self.image_ids = scores.image_ids(self.name, self.documents)
+
+    def instances(self) -> dict[int, Instance]:
+        """Return fresh requests by document id."""
+        if self.task.config.num_fewshot is None:
+            self.task.set_config(key="num_fewshot", value=0)
+        self.task.build_all_requests()
+        return {instance.doc_id: instance for instance in self.task.instances}
+
+    def results(self, instances: Mapping[int, Instance], texts: Mapping[int, str]) -> dict[int, dict[str, Any] | str]:
+        """Score answered documents with the task's own code.
+
+        Returns:
+            Per document what `process_results` returned, or one line of error.
+        """
+        answered = [instances[doc_id] for doc_id in sorted(texts)]
+        for instance in answered:
+            instance.resps = [texts[instance.doc_id]]
+        self.task._instances = answered
+        if answered:
+            self.task.apply_filters()
+        return {instance.doc_id: self._score(instance) for instance in answered}
+
+    def _score(self, instance: Instance) -> dict[str, Any] | str:
+        filtered = next(iter(instance.filtered_resps.values()))
+        # Without upstream's decorator, which tries a failing document five times, two seconds apart.
+        process = type(self.task).process_results.__wrapped__
+        try:
+            return process(self.task, self.bare[instance.doc_id], [filtered])
+        except DOCUMENT_ERRORS as error:
+            return f"scoring failed: {one_line(error)}"
+
+    def aggregate(self, results: list[dict[str, Any]], output: Path) -> dict[str, float]:
+        """Return the task's own aggregates that are numbers.
+
+        Args:
+            results: per document, in document order.
+            output: where upstream code may write submission files.
+        """
+        metrics = {}
+        for name, function in self.task.aggregation().items():
+            items = [result[name] for result in results if name in result]
+            if not items:
+                continue
+            with_args = "args" in inspect.signature(function).parameters
+            value = function(items, args=SimpleNamespace(output_path=str(output))) if with_args else function(items)
+            if hasattr(value, "__float__"):
+                metrics[name] = float(value)
+        return metrics
+
+
+def evaluate_task(
+    engine: Engine,
+    loaded: LoadedTask,
+    run: RunRequest,
+    config: TaskConfig,
+    request: EvaluationRequest,
+    hashes: dict[str, str],
+    progress: Progress,
+) -> TaskRecord:
+    """Answer and score one task for one run, and write its samples and its record.
+
+    Raises:
+        EvaluationError: more than `request.max_error_share` of the documents failed; no record is written.
+    """
+    started = time.perf_counter()
+    instances = loaded.instances()
+    answers = _answers(engine, loaded, instances, f"{run.name} {loaded.name}", progress)
+    texts = {doc_id: answer.text for doc_id, answer in answers.items() if answer.text is not None}
+    results = loaded.results(instances, texts)
+    samples = [_sample(loaded, config, instances[d], answers[d], results.get(d)) for d in sorted(instances)]
+    failed = [sample for sample in samples if sample.error is not None]
+    if len(failed) > request.max_error_share * len(samples):
+        raise EvaluationError(
+            f"{run.name} {loaded.name}: {len(failed)} of {len(samples)} documents failed, more than "
+            f"{request.max_error_share:.1%} (document {failed[0].doc_id}: {failed[0].error})"
+        )
+    scored = [sample.score for sample in samples if sample.score is not None]
+    with tempfile.TemporaryDirectory(prefix="prebench-") as output:
+        kept = [result for _, result in sorted(results.items()) if isinstance(result, dict)]
+        metrics = loaded.aggregate(kept, Path(output))
+    record = TaskRecord(
+        task=loaded.name,
+        label=config.label,
+        variant=run.variant,
+        seed=run.seed,
+        primary_metric=config.primary_metric,
+        score=sum(scored) / len(scored) if scored else None,
+        metrics=metrics,
+        n=len(samples),
+        n_errors=len(failed),
+        data_source=config.data_source,
+        references=request.references.get(loaded.name, {}),
+        hashes=hashes,
+        versions=versions(),
+        seconds=round(time.perf_counter() - started, 2),
+    )
+    write_jsonl(run.run_dir / "eval" / f"{loaded.name}.samples.jsonl", samples)
+    write_record(run.run_dir / "eval" / f"{loaded.name}.json", record)  # last: its presence says "complete"
+    return record
+
+
+def evaluate_probe(
+    engine: Engine, loaded: LoadedTask, run: RunRequest, hashes: dict[str, str], progress: Progress
+) -> list[ProbeRow]:
+    """Extract features of all probe images, fit the probes in the task's aggregation, and write `probe.parquet`.
+
+    Raises:
+        EvaluationError: an image can't be read.
+        DataError: labels that no probe can be fitted on.
+    """
+    title = f"{run.name} {loaded.name}"
+    instances = loaded.instances()
+    progress(title, 0, len(instances))
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=run.run_dir) as folder:
+        os.environ[PROBE_DIR_VARIABLE] = folder
+        doc_ids = sorted(instances)
+        texts = probe_answers(engine, loaded.documents, doc_ids, instances[doc_ids[0]].args[1])
+        results = loaded.results(instances, dict(zip(doc_ids, texts, strict=True)))
+        errors = [result for result in results.values() if isinstance(result, str)]
+        if errors:
+            raise EvaluationError(f"{title}: {errors[0]}")
+        loaded.aggregate([results[d] for d in doc_ids], Path(folder))  # type: ignore[misc]
+        rows = [ProbeRow(**row) for row in read_json(Path(folder) / LAYERS_FILE)]
+    _write_parquet(run.run_dir / PROBE_FILE, rows, hashes)
+    progress(title, len(doc_ids), len(doc_ids))
+    return rows
+
+
+def _answers(
+    engine: Engine, loaded: LoadedTask, instances: Mapping[int, Instance], title: str, progress: Progress
+) -> dict[int, Answer]:
+    def requests() -> Any:
+        for doc_id in scores.by_image(loaded.name, loaded.documents):
+            _, doc_to_messages, settings, *_ = instances[doc_id].args
+            max_new_tokens, until = greedy_settings(settings, loaded.name)
+            messages = late_messages(doc_to_messages, loaded.documents, doc_id)
+            yield GenerationRequest(doc_id, messages, max_new_tokens, until)
+
+    answers: dict[int, Answer] = {}
+    progress(title, 0, len(instances))
+    for answer in engine.generate(requests()):
+        answers[answer.key] = answer  # type: ignore[index]
+        progress(title, len(answers), len(instances))
+    return answers
+
+
+def _sample(
+    loaded: LoadedTask, config: TaskConfig, instance: Instance, answer: Answer, result: dict[str, Any] | str | None
+) -> SampleRecord:
+    document = loaded.bare[instance.doc_id]
+    error = answer.error if answer.text is None else result if isinstance(result, str) else None
+    score = None
+    if error is None:
+        assert isinstance(result, dict)
+        score = scores.document_score(loaded.name, config.primary_metric, result)
+    return SampleRecord(
+        doc_id=instance.doc_id,
+        image_id=loaded.image_ids[instance.doc_id],
+        prompt_hash=answer.prompt_hash,
+        image_hash=answer.image_hash,
+        question=str(instance.args[0]),
+        target=scores.target(loaded.name, document, loaded.task.doc_to_target),
+        response=answer.text,
+        score=score,
+        error=error,
+        category=scores.category(loaded.name, document),
+    )
+
+
+def _write_parquet(path: Path, rows: list[ProbeRow], hashes: dict[str, str]) -> None:
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from prebench.records import to_dict
+
+    table = pa.Table.from_pylist([to_dict(row) for row in rows])
+    table = table.replace_schema_metadata({PROBE_HASHES: json.dumps(hashes, sort_keys=True)})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    write_bytes(path, buffer.getvalue().to_pybytes())
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what a tenacity RetryError hides."""
+    attempt = getattr(error, "last_attempt", None)
+    found = attempt.exception() if attempt is not None else None
+    return found or error

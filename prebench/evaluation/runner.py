@@ -1,0 +1,239 @@
+"""Evaluation of a study in one subprocess whose working directory is the mirror.
+
+`datasets` resolves a repository id to a folder of that name in the working directory, so upstream's task code reads the
+mirror unchanged, without a network. The subprocess reports progress as JSON lines on its standard output; what
+libraries print goes to a log file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from prebench.config import SuiteConfig, validate
+from prebench.errors import EvaluationError, PrebenchError
+from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource, pending
+from prebench.progress import ProgressLine, say
+from prebench.store import read_json, write_json
+
+LOG_FILE = "evaluate.log"
+LOG_LINES = 5
+"""Last lines of the log that a crash is reported with."""
+INTERNAL_ERROR = 1
+USER_ERROR = 2
+
+logger = logging.getLogger(__name__)
+
+
+class RunLike(Protocol):
+    """A run of a study (prebench.study.Run)."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    @property
+    def model_dir(self) -> Path:
+        """Return the exported folder."""
+        ...
+
+
+def evaluate_study(
+    runs: Sequence[Any], suite: SuiteConfig, mirror: Path, manifest: Mapping[str, Any], cache: Path
+) -> None:
+    """Evaluate and probe runs on a suite; results that stand are kept.
+
+    Args:
+        runs: `prebench.study.Run`s with exported models.
+        suite: tasks and probe.
+        mirror: folder with the data sets.
+        manifest: the mirror's `mirror.json` (`references` per task).
+        cache: folder for `datasets`' cache and the log.
+
+    Raises:
+        EvaluationError: a task is missing or failed; the results of the others are written.
+    """
+    request = EvaluationRequest(
+        runs=tuple(
+            RunRequest(variant=r.variant, seed=r.seed, model_dir=r.model_dir.resolve(), run_dir=r.folder.resolve())
+            for r in runs
+        ),
+        tasks=suite.tasks,
+        probe=suite.probe,
+        max_error_share=suite.max_error_share,
+        references=references(manifest),
+    )
+    run_in_subprocess(request, mirror, cache)
+
+
+def references(manifest: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return each task's scores without an image from a mirror's manifest."""
+    tasks = manifest.get("tasks", {})
+    return {name: dict(entry.get("references") or {}) for name, entry in tasks.items()}
+
+
+def run_in_subprocess(request: EvaluationRequest, mirror: Path, cache: Path) -> None:
+    """Evaluate what is missing in a subprocess, showing its progress.
+
+    Raises:
+        EvaluationError: see `evaluate_runs`; or the subprocess died (the last lines of its log are quoted).
+    """
+    if not any(True for _ in pending(request, mirror)):
+        say("evaluate: every task has been scored already")
+        return
+    cache = cache.resolve()
+    path = cache / "evaluation.json"
+    write_json(path, request.model_dump(mode="json"))
+    log = cache / LOG_FILE
+    say("evaluate: starting lmms-eval")
+    with log.open("w", encoding="utf-8") as log_file:
+        process = subprocess.Popen(  # noqa: S603
+            # -P: the mirror may hold a folder called prebench, which must not become importable
+            [sys.executable, "-P", "-m", "prebench.evaluation.runner", str(path)],
+            cwd=mirror,
+            env=_environment(cache),
+            stdout=subprocess.PIPE,
+            stderr=log_file,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            try:
+                error = _follow(process.stdout)
+            except BaseException:  # Ctrl-C included: the child must not go on alone
+                process.terminate()
+                raise
+    if error is not None:
+        raise EvaluationError(error)
+    if process.returncode != 0:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        tail = " | ".join(lines[-LOG_LINES:])
+        raise EvaluationError(f"the evaluation process ended with code {process.returncode}: {tail} (log: {log})")
+
+
+def evaluate_runs(request: EvaluationRequest, mirror: Path, report: Any) -> None:
+    """Evaluate and probe what is missing, in this process; its working directory must be the mirror.
+
+    Args:
+        request: runs and tasks.
+        mirror: the working directory.
+        report: called with title, documents done and their total.
+
+    Raises:
+        EvaluationError: tasks failed (all are named); what did not fail is written.
+    """
+    todo: dict[RunRequest, list[tuple[TaskSource, dict[str, str]]]] = {}
+    for run, source, hashes in pending(request, mirror):
+        todo.setdefault(run, []).append((source, hashes))
+    from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
+    from prebench.evaluation.harness import LoadedTask, evaluate_probe, evaluate_task
+
+    if request.probe is not None:
+        from prebench.evaluation.probe_task import CONFIG_VARIABLE
+
+        chosen = request.probe.model_dump(mode="json", include={"attributes", "reference_attribute"})
+        os.environ[CONFIG_VARIABLE] = json.dumps(chosen)
+    configs = {config.task: config for config in request.tasks}
+    loaded: dict[str, LoadedTask | PrebenchError] = {}
+    problems: list[str] = []
+    for run, tasks in todo.items():
+        budget = request.token_budget or DEFAULT_TOKEN_BUDGET
+        engine = Engine(run.model_dir, request.device, request.dtype, budget)
+        for source, hashes in tasks:
+            try:
+                if source.task not in loaded:
+                    loaded[source.task] = _load(source)
+                task = loaded[source.task]
+                if isinstance(task, PrebenchError):
+                    raise task
+                if source.task in configs:
+                    evaluate_task(engine, task, run, configs[source.task], request, hashes, report)
+                else:
+                    evaluate_probe(engine, task, run, hashes, report)
+            except PrebenchError as error:
+                if str(error) not in problems:
+                    problems.append(str(error))
+    if problems:
+        raise EvaluationError("; ".join(problems))
+
+
+def _load(source: TaskSource) -> Any:
+    from prebench.evaluation.harness import LoadedTask
+
+    try:
+        return LoadedTask(source)
+    except PrebenchError as error:
+        return error
+
+
+def _environment(cache: Path) -> dict[str, str]:
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(cache / "datasets"),
+        "LMMS_EVAL_DATASETS_CACHE": str(cache / "datasets"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    return dict(os.environ) | offline
+
+
+def _follow(stream: IO[str]) -> str | None:
+    """Show the child's progress until it ends; return the error that it reported."""
+    error: str | None = None
+    line: ProgressLine | None = None
+    for message in _messages(stream):
+        if "error" in message:
+            error = message["error"]
+            continue
+        title, done, total = message["title"], message["done"], message["total"]
+        if line is None or line.title != title:
+            line = ProgressLine(title, total, "document").__enter__()
+        line.update(done)
+        if done >= total:
+            line.__exit__(None, None, None)
+            line = None
+    if line is not None:
+        line.__exit__(EvaluationError, None, None)
+    return error
+
+
+def _messages(stream: IO[str]) -> Iterator[dict[str, Any]]:
+    for text in stream:
+        try:
+            message = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(message, dict):
+            yield message
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `python -m prebench.evaluation.runner REQUEST.json` in the mirror; return the exit code."""
+    path = Path(arguments[0])
+    # Upstream code prints to standard output; only our messages may reach the parent.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    try:
+        request = validate(EvaluationRequest, read_json(path), str(path))
+        evaluate_runs(request, Path.cwd(), lambda t, d, n: send({"title": t, "done": d, "total": n}))
+    except PrebenchError as error:
+        send({"error": str(error)})
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

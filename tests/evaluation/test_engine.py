@@ -1,0 +1,220 @@
+"""The engine's answers equal plain `model.generate` at batch size 1, whatever the batches, and failures stay alone."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prebench.errors import EvaluationError, ModelError
+from prebench.evaluation import engine as engine_module
+from prebench.evaluation.engine import Engine, GenerationRequest, greedy_settings, truncate
+
+QUESTIONS = ["is there a red circle?", "what color?", "describe the image.", "yes", "où est le cercle? 红色"]
+
+
+def _image(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _messages(question: str, *images: Image.Image) -> list[dict]:
+    content = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+def _requests(max_new_tokens: int = 12) -> list[GenerationRequest]:
+    """24 documents: 4 images with 5 questions each, a document with two images, three text-only prompts."""
+    documents = [_messages(question, _image(i)) for i in range(4) for question in QUESTIONS]
+    documents.append(_messages("which is larger?", _image(0), _image(1)))
+    documents += [_messages(question) for question in QUESTIONS[:3]]
+    return [GenerationRequest(i, messages, max_new_tokens) for i, messages in enumerate(documents)]
+
+
+def _plain_ids(engine: Engine, request: GenerationRequest) -> list[int]:
+    """One prompt through processor and generate, as a user of transformers would write it."""
+    messages = request.messages
+    images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+    content = [{k: v for k, v in part.items() if k != "image"} for part in messages[0]["content"]]
+    bare = [{"role": "user", "content": content}]
+    text = engine.processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=True)
+    inputs = engine.processor(text=text, images=images or None, return_tensors="pt")
+    output = engine.model.generate(**inputs, do_sample=False, max_new_tokens=request.max_new_tokens)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _plain(engine: Engine, request: GenerationRequest) -> str:
+    return engine.processor.tokenizer.decode(_plain_ids(engine, request), skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_export: Path) -> Engine:
+    return Engine(tiny_export, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> dict[int, str]:
+    return {request.key: _plain(engine, request) for request in _requests()}
+
+
+def _answers(engine: Engine, requests: list[GenerationRequest]) -> dict:
+    found = list(engine.generate(requests))
+    assert len(found) == len(requests)
+    assert all(answer.error is None for answer in found), found
+    return {answer.key: answer.text for answer in found}
+
+
+def test_answers_differ_between_documents(expected: dict[int, str]) -> None:
+    assert len(set(expected.values())) > 8  # otherwise the tests below would show nothing
+
+
+@pytest.mark.parametrize("token_budget", [1, 300, 1000, 100_000])
+def test_answers_equal_plain_generate_at_any_batch_size(tiny_export, expected, token_budget: int) -> None:
+    engine = Engine(tiny_export, device="cpu", dtype="float32", token_budget=token_budget)
+    assert _answers(engine, _requests()) == expected
+
+
+def test_order_and_windows_do_not_matter(engine, expected, monkeypatch) -> None:
+    shuffled = _requests()
+    random.Random(0).shuffle(shuffled)  # noqa: S311
+    assert _answers(engine, shuffled) == expected
+    monkeypatch.setattr(engine_module, "WINDOW", 5)
+    assert _answers(engine, shuffled) == expected
+
+
+def test_rows_that_end_early_leave_the_others_unchanged(engine, expected) -> None:
+    """EOS of a random model is rare: a frequent token plays its part, and plain answers are cut at it."""
+    counts = torch.bincount(torch.tensor([t for request in _requests() for t in _plain_ids(engine, request)[1:]]))
+    frequent = int(counts.argmax())
+    original = engine._eos_ids
+    engine._eos_ids = original | {frequent}
+    engine.model.generation_config.eos_token_id = [*original, frequent]
+    try:
+        plain = {request.key: _plain(engine, request) for request in _requests()}
+        assert plain != expected
+        assert _answers(engine, _requests()) == plain
+    finally:
+        engine._eos_ids = original
+        engine.model.generation_config.eos_token_id = next(iter(original))
+
+
+def test_limits_may_differ_within_a_batch(engine) -> None:
+    requests = [GenerationRequest(i, _messages("yes", _image(1)), limit) for i, limit in enumerate([1, 3, 20, 7])]
+    answers = _answers(engine, requests)
+    assert answers == {request.key: _plain(engine, request) for request in requests}
+
+
+def test_stop_strings_cut_the_answer(engine, expected) -> None:
+    key, text = next((k, t) for k, t in expected.items() if len(t) > 6)
+    stop = text[3:5]
+    request = GenerationRequest(key, _requests()[key].messages, 12, until=(stop,))
+    (answer,) = engine.generate([request])
+    assert answer.text == text.split(stop)[0]
+    assert truncate("a\n\nb.c", ["\n\n", "."]) == "a"
+
+
+def test_an_image_is_preprocessed_once(engine, monkeypatch) -> None:
+    calls = []
+    original = engine._prompts.images._preprocess
+    monkeypatch.setattr(engine._prompts.images, "_preprocess", lambda im: calls.append(1) or original(im))
+    image = _image(77)
+    list(engine.generate(GenerationRequest(i, _messages(f"{i}?", image.copy()), 2) for i in range(8)))
+    assert len(calls) == 1
+
+
+def _truncated() -> Image.Image:
+    buffer = io.BytesIO()
+    _image(5).save(buffer, "PNG")
+    return Image.open(io.BytesIO(buffer.getvalue()[:2000]))
+
+
+def _raises() -> list[dict]:
+    raise OSError("broken data stream")
+
+
+def test_a_failure_is_an_answer_with_an_error(engine, expected, monkeypatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
+    good = _requests()[:10]
+    bad = {
+        "truncated": _messages("yes", _truncated()),
+        "late": _raises,
+        "bomb": _messages("yes", Image.new("1", (50_000, 2_000))),
+        "placeholder": _messages("<image> yes", _image(0)),
+        "none": _messages("yes", None),
+        "no text part": [{"role": "user", "content": [{"type": "image", "image": _image(0)}, {"type": "text"}]}],
+    }
+    requests = [*good[:5], *(GenerationRequest(k, m, 4) for k, m in bad.items()), *good[5:]]
+    answers = {answer.key: answer for answer in engine.generate(requests)}
+    assert len(answers) == len(requests)
+    for key in bad:
+        assert answers[key].text is None and answers[key].error, key
+    assert {request.key: answers[request.key].text for request in good} == {r.key: expected[r.key] for r in good}
+    assert "50000 x 2000" in answers["bomb"].error
+
+
+def test_odd_images_are_answered(engine) -> None:
+    images = [
+        Image.new("CMYK", (30, 50), (9, 8, 7, 6)),
+        Image.new("RGBA", (64, 64), (1, 2, 3, 0)),
+        Image.new("P", (10, 10)),
+        Image.new("I;16", (40, 40)),
+        Image.new("L", (1, 1)),
+    ]
+    requests = [GenerationRequest(i, _messages("yes", image), 3) for i, image in enumerate(images)]
+    requests += [
+        GenerationRequest("empty", _messages("", _image(0)), 3),
+        GenerationRequest("long", _messages("a " * 5000), 3),
+    ]
+    assert len(_answers(engine, requests)) == len(requests)
+
+
+def test_an_error_in_the_computation_stays_with_its_document(engine, expected, monkeypatch) -> None:
+    """A batch that raises (out of memory, say) is halved until the failing document stands alone."""
+    poison = engine.processor.tokenizer("describe the image.")["input_ids"]
+    original = engine_module.greedy
+
+    def failing(model, cache, length, suffixes, *rest):
+        if len(suffixes) > 6 or any(list(s[-len(poison) - 1 : -1]) == poison for s in suffixes):
+            raise torch.OutOfMemoryError("no memory left")
+        return original(model, cache, length, suffixes, *rest)
+
+    monkeypatch.setattr(engine_module, "greedy", failing)
+    answers = {answer.key: answer for answer in engine.generate(_requests())}
+    failed = {key for key, answer in answers.items() if answer.error}
+    assert failed == {2, 7, 12, 17, 23}
+    assert {k: a.text for k, a in answers.items() if k not in failed} == {
+        k: t for k, t in expected.items() if k not in failed
+    }
+
+
+def test_hashes_follow_content(engine) -> None:
+    requests = [
+        GenerationRequest("a", _messages("yes", _image(0)), 1),
+        GenerationRequest("same", _messages("yes", _image(0)), 1),
+        GenerationRequest("question", _messages("no", _image(0)), 1),
+        GenerationRequest("image", _messages("yes", _image(1)), 1),
+        GenerationRequest("text", _messages("yes"), 1),
+    ]
+    found = {answer.key: (answer.prompt_hash, answer.image_hash) for answer in engine.generate(requests)}
+    assert found["a"] == found["same"]
+    assert found["a"][0] != found["question"][0] and found["a"][1] == found["question"][1]
+    assert found["a"][0] == found["image"][0] and found["a"][1] != found["image"][1]
+    assert found["text"][1] == ""
+
+
+def test_sampling_is_refused() -> None:
+    assert greedy_settings({"until": ["\n\n", ""], "max_new_tokens": 5, "temperature": 0.7}, "t") == (5, ("\n\n",))
+    with pytest.raises(EvaluationError, match="t: asks for sampling"):
+        greedy_settings({"do_sample": True, "temperature": 0.7}, "t")
+    with pytest.raises(EvaluationError, match="beam"):
+        greedy_settings({"num_beams": 3}, "t")
+
+
+def test_a_folder_without_a_model_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        Engine(tmp_path)

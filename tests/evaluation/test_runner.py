@@ -1,0 +1,222 @@
+"""The whole evaluation on a tiny mirror: records, idempotence, failures, agreement with the lmms-eval command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from prebench.config import ProbeConfig, TaskConfig
+from prebench.errors import EvaluationError, ModelError
+from prebench.evaluation.request import EvaluationRequest, RunRequest, find_task, pending
+from prebench.evaluation.runner import run_in_subprocess
+from prebench.records import SampleRecord, TaskRecord
+from prebench.runtime import data_dir
+from prebench.store import read_jsonl, read_record
+from tests.evaluation.mirror import NUM_IMAGES, QUESTIONS, write_mirror
+
+TASKS = tuple(
+    TaskConfig(task=name, label=name, data_source=source, primary_metric="exact_match", num_images=NUM_IMAGES)
+    for name, source in (("gqa", "generated"), ("prebench_easy_vqa", "real"))
+)
+PROBE = ProbeConfig.model_validate(
+    {
+        "num_train": 30,
+        "num_val": 10,
+        "num_test": 20,
+        "attributes": [{"name": "background", "kind": "unasked"}, {"name": "fill", "kind": "unasked"}],
+        "reference_attribute": "background",
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mirror(tmp_path_factory.mktemp("mirror"))
+
+
+def _request(export: Path, folder: Path, **changes) -> EvaluationRequest:
+    runs = tuple(
+        RunRequest(variant="pre", seed=seed, model_dir=export, run_dir=folder / f"pre-s{seed}") for seed in (0, 1)
+    )
+    values = {"runs": runs, "tasks": TASKS, "probe": PROBE, "dtype": "float32", "device": "cpu"}
+    return EvaluationRequest.model_validate(values | {"references": {"gqa": {"majority": 0.5}}} | changes)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_export: Path, mirror: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    run_in_subprocess(_request(tiny_export, folder), mirror, folder / "cache")
+    return folder
+
+
+def _samples(folder: Path, task: str) -> list[dict]:
+    return list(read_jsonl(folder / "pre-s0" / "eval" / f"{task}.samples.jsonl"))
+
+
+def test_tasks_are_found_without_importing_lmms_eval(mirror: Path) -> None:
+    assert find_task("gqa").dataset_path == "lmms-lab-encoder/GQA"
+    assert find_task("vqav2_val").dataset_path == "lmms-lab-encoder/VQAv2"
+    assert find_task("prebench_visual_probe").yaml_path.is_relative_to(data_dir("tasks"))
+    assert find_task("mmbench_en_dev_static").dataset_path == "lmms-lab-encoder/MMBench"
+    with pytest.raises(EvaluationError, match="unknown task 'gqaa'"):
+        find_task("gqaa")
+
+
+def test_missing_data_or_model_is_named_before_anything_runs(tiny_export: Path, tmp_path: Path, mirror: Path) -> None:
+    request = _request(tiny_export, tmp_path)
+    with pytest.raises(EvaluationError, match=r"task 'gqa': no data set lmms-lab-encoder/GQA .*prebench mirror"):
+        list(pending(request, tmp_path))
+    with pytest.raises(ModelError, match="no exported model"):
+        list(pending(_request(tmp_path / "nothing", tmp_path), mirror))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["gqa", "prebench_easy_vqa"])
+def test_records_hold_every_document_and_upstreams_aggregate(evaluated: Path, task: str) -> None:
+    record = read_record(evaluated / "pre-s0" / "eval" / f"{task}.json", TaskRecord)
+    samples = _samples(evaluated, task)
+    assert record.n == len(samples) == NUM_IMAGES * len(QUESTIONS) and record.n_errors == 0
+    assert [sample["doc_id"] for sample in samples] == list(range(len(samples)))
+    assert record.score == pytest.approx(sum(sample["score"] for sample in samples) / len(samples), abs=1e-12)
+    assert record.score == pytest.approx(record.metrics["exact_match"], abs=1e-12)
+    assert set(record.hashes) == {"weights", "data", "prompts", "config"}
+    assert record.references == ({"majority": 0.5} if task == "gqa" else {})
+    assert len({sample["image_id"] for sample in samples}) == NUM_IMAGES
+    assert len({sample["image_hash"] for sample in samples}) == NUM_IMAGES
+    assert all(sample["question"].endswith("single word or phrase.") for sample in samples)
+    assert samples[0]["target"] in ("yes", "no") and samples[0]["category"]
+
+
+@pytest.mark.slow
+def test_equal_weights_give_equal_samples(evaluated: Path) -> None:
+    for task in ("gqa", "prebench_easy_vqa"):
+        first, second = (evaluated / f"pre-s{s}" / "eval" / f"{task}.samples.jsonl" for s in (0, 1))
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_probe_writes_one_row_per_value(evaluated: Path) -> None:
+    rows = pd.read_parquet(evaluated / "pre-s0" / "probe.parquet")
+    accuracy = rows[(rows.level == "global") & (rows.metric == "accuracy") & (rows.attribute == "background")]
+    assert sorted(accuracy.layer) == [-1, 0, 1, 2, 3, 4] and set(rows.num_layers) == {4}
+    assert float(accuracy[accuracy.layer == -1].value.iloc[0]) == 1.0  # brightness is linear in the pixels
+    assert {"cohesion", "coupling", "auc"} <= set(rows[rows.level == "patch"].metric)
+    assert not list((evaluated / "pre-s0").glob(".probe-*"))
+
+
+@pytest.mark.slow
+def test_a_second_call_computes_nothing(evaluated: Path, tiny_export: Path, mirror: Path, monkeypatch) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (evaluated / "pre-s0").rglob("*") if path.is_file()}
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a subprocess was started"))
+    run_in_subprocess(_request(tiny_export, evaluated), mirror, evaluated / "cache")
+    assert files == {path: path.stat().st_mtime_ns for path in (evaluated / "pre-s0").rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_other_weights_data_or_settings_are_pending_again(evaluated, tiny_export, mirror, tmp_path) -> None:
+    def names(request: EvaluationRequest, folder: Path) -> set[str]:
+        return {source.task for _, source, _ in pending(request, folder)}
+
+    assert names(_request(tiny_export, evaluated), mirror) == set()
+    model = shutil.copytree(tiny_export, tmp_path / "model")
+    assert names(_request(model, evaluated), mirror) == set()  # the path is no part of the key
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert names(_request(model, evaluated), mirror) == {"gqa", "prebench_easy_vqa", "prebench_visual_probe"}
+    other = shutil.copytree(mirror, tmp_path / "mirror")
+    (other / "prebench" / "easy_vqa" / "README.md").write_text("other", encoding="utf-8")
+    assert names(_request(tiny_export, evaluated), other) == {"prebench_easy_vqa"}
+    relabelled = (TASKS[0].model_copy(update={"label": "x"}), TASKS[1])
+    assert names(_request(tiny_export, evaluated, tasks=relabelled), mirror) == {"gqa"}
+
+
+@pytest.mark.slow
+def test_broken_documents_are_errors_and_too_many_fail_the_task_alone(tiny_export, mirror, tmp_path) -> None:
+    """Two of 24 easy-VQA images are broken: recorded under a share of 10%, refused under 1%; gqa stands either way."""
+    broken = shutil.copytree(mirror, tmp_path / "mirror")
+    path = broken / "prebench" / "easy_vqa" / "default.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for index in (5, 17):
+        rows[index]["image"]["bytes"] = b"no image"
+    schema = pq.read_schema(path)
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    request = _request(tiny_export, tmp_path, probe=None)
+    request = request.model_copy(update={"runs": request.runs[:1]})
+    with pytest.raises(EvaluationError, match=r"2 of 24 documents failed, more than 1.0% \(document 5: "):
+        run_in_subprocess(request, broken, tmp_path / "cache")
+    evaluation = tmp_path / "pre-s0" / "eval"
+    assert sorted(p.name for p in evaluation.iterdir()) == ["gqa.json", "gqa.samples.jsonl"]
+
+    run_in_subprocess(request.model_copy(update={"max_error_share": 0.1}), broken, tmp_path / "cache")
+    record = read_record(evaluation / "prebench_easy_vqa.json", TaskRecord)
+    samples = [SampleRecord(**s) for s in read_jsonl(evaluation / "prebench_easy_vqa.samples.jsonl")]
+    assert record.n == 24 and record.n_errors == 2
+    assert [s.doc_id for s in samples if s.error] == [5, 17]
+    assert all((s.score is None) == (s.error is not None) == (s.response is None) for s in samples)
+    assert record.score == pytest.approx(record.metrics["exact_match"])
+
+
+@pytest.mark.slow
+def test_a_dead_subprocess_is_one_clear_line(tiny_export, mirror, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONHOME", str(tmp_path / "nowhere"))
+    with pytest.raises(EvaluationError, match=r"the evaluation process ended with code 1: .*log: "):
+        run_in_subprocess(_request(tiny_export, tmp_path), mirror, tmp_path / "cache")
+
+
+def _lmms_eval(mirror: Path, output: Path, model: str, arguments: str, task: str) -> dict:
+    """Run the lmms-eval command and return {"score": its exact_match, "texts": its answers by document}."""
+    command = [sys.executable, "-P", "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", task]
+    command += ["--include_path", str(data_dir("tasks")), "--output_path", str(output), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "cache")}
+    done = subprocess.run(
+        [*command, "--batch_size", "1"],
+        cwd=mirror,
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next(output.rglob("*_results.json")).read_text(encoding="utf-8"))["results"][task]
+    lines = next(output.rglob(f"*_samples_{task}.jsonl")).read_text(encoding="utf-8").splitlines()
+    answers = {sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, lines)}
+    texts = {doc_id: answer if isinstance(answer, str) else answer[0] for doc_id, answer in answers.items()}
+    score = next((value for key, value in results.items() if key.startswith("exact_match,")), None)
+    return {"score": score, "texts": texts, "results": results}
+
+
+@pytest.mark.slow
+def test_the_lmms_eval_command_gives_the_same_answers(evaluated, tiny_export, mirror, tmp_path) -> None:
+    found = _lmms_eval(mirror, tmp_path, "prebench_pre", f"pretrained={tiny_export},device=cpu", "prebench_easy_vqa")
+    record = read_record(evaluated / "pre-s0" / "eval" / "prebench_easy_vqa.json", TaskRecord)
+    assert found["score"] == pytest.approx(record.score, abs=1e-12)
+    samples = _samples(evaluated, "prebench_easy_vqa")
+    assert found["texts"] == {sample["doc_id"]: sample["response"] for sample in samples}
+
+
+@pytest.mark.slow
+def test_the_probe_task_runs_under_the_lmms_eval_command(tiny_export, mirror, tmp_path) -> None:
+    found = _lmms_eval(mirror, tmp_path, "prebench", f"pretrained={tiny_export},device=cpu", "prebench_visual_probe")
+    results = {key.split(",")[0]: value for key, value in found["results"].items()}
+    assert results["encoder_accuracy"] == 1.0
+    assert results["degradation"] == pytest.approx(results["encoder_accuracy"] - results["mid_depth_accuracy"])
+
+
+@pytest.mark.slow
+def test_upstreams_llava_hf_gives_the_same_answers(evaluated, tiny_export, mirror, tmp_path) -> None:
+    arguments = f"pretrained={tiny_export},device_map=cpu,device=cpu,dtype=float32"
+    found = _lmms_eval(mirror, tmp_path, "llava_hf", arguments, "gqa")["texts"]
+    ours = {sample["doc_id"]: sample["response"] for sample in _samples(evaluated, "gqa")}
+    equal = [found[doc_id] == text for doc_id, text in ours.items() if "\n\n" not in found[doc_id]]
+    assert len(equal) > 20 and sum(equal) >= 0.99 * len(equal)
