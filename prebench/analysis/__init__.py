@@ -1,0 +1,1 @@
+"""Records to statements: join, statistics, tables, plots, comparison. Never imports torch."""

@@ -1,0 +1,121 @@
+"""Visual representation degradation as one number per run (design.md, 9; the diagnosis of arXiv 2603.20808).
+
+Let a(l) be the test accuracy of a linear probe on the pooled visual tokens of layer l for the suite's
+reference attribute, and L the number of decoder layers.
+
+    reference          R   = a(-1), the frozen vision encoder's output, identical for all variants of a study
+    per layer          D_l = R - a(l)
+    degradation        D   = R - mean of a(l) over l = ceil(L/4) .. floor(3L/4)
+    without layer r    D over the same layers but r, the one that the regularizer predicts from
+    reduction              = D(baseline, seed) - D(variant, seed)
+
+Referring to layer 0 instead would be wrong: the projector is trained, so a variant could lower layer 0 itself.
+Where a reduction leaves out the variant's layer r, the same layer is left out of the baseline's mean.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from prebench.analysis.join import Run, Study
+from prebench.errors import StoreError
+
+ENCODER_LAYER = -1
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """The degradation of one run; accuracies are fractions, so differences of them are too."""
+
+    attribute: str
+    reference: float
+    """R."""
+    accuracy: dict[int, float]
+    """a(l) for every decoder layer, 0 .. L."""
+    num_layers: int
+
+    @property
+    def per_layer(self) -> dict[int, float]:
+        """Return D_l for every layer."""
+        return {layer: self.reference - value for layer, value in self.accuracy.items()}
+
+    def over_middle(self, excluded: int | None = None) -> float | None:
+        """Return D over the middle layers, leaving out one of them; None where no layer is left."""
+        layers = [layer for layer in middle_layers(self.num_layers) if layer != excluded]
+        if not layers:
+            return None
+        return self.reference - sum(self.accuracy[layer] for layer in layers) / len(layers)
+
+
+def middle_layers(num_layers: int) -> range:
+    """Return the layers ceil(L/4) .. floor(3L/4) over which degradation is averaged."""
+    return range(math.ceil(num_layers / 4), math.floor(3 * num_layers / 4) + 1)
+
+
+def degradation(run: Run, attribute: str) -> Degradation | None:
+    """Compute one run's degradation from its probe.parquet; None where the run was not probed.
+
+    Raises:
+        StoreError: the probe lacks the attribute, the encoder's reference or a middle layer.
+    """
+    probe = run.probe()
+    if probe.empty:
+        return None
+    chosen = probe[(probe["level"] == "global") & (probe["attribute"] == attribute) & (probe["metric"] == "accuracy")]
+    values = {int(layer): float(value) for layer, value in zip(chosen["layer"], chosen["value"], strict=True)}
+    num_layers = int(probe["num_layers"].max())
+    needed = {ENCODER_LAYER, *middle_layers(num_layers)}
+    if not needed <= values.keys():
+        missing = min(needed - values.keys())
+        raise StoreError(
+            f"{run.folder / 'probe.parquet'}: no accuracy of {attribute!r} at layer {missing}; "
+            "delete it to probe the run again"
+        )
+    reference = values.pop(ENCODER_LAYER)
+    return Degradation(attribute, reference, dict(sorted(values.items())), num_layers)
+
+
+def of_study(study: Study) -> dict[tuple[str, int], Degradation]:
+    """Return the degradation of every probed run, on the suite's reference attribute."""
+    if study.config.suite.probe is None:
+        return {}
+    attribute = study.config.suite.probe.reference_attribute
+    found = {key: degradation(run, attribute) for key, run in sorted(study.runs.items())}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def reductions(study: Study, baseline: str, variant: str) -> pd.DataFrame:
+    """Return the degradation reduction of every common probed seed.
+
+    Returns:
+        Columns seed, reference, first_layer, last_layer (the middle layers), excluded_layer (of the variant's
+        regularizer, NA without one among the middle layers), d_baseline, d_variant, reduction, and the last three
+        without the excluded layer, with the suffix `_excluded` (NA where there is none).
+    """
+    known = of_study(study)
+    rows = []
+    for seed in study.common_seeds(baseline, variant):
+        if (baseline, seed) not in known or (variant, seed) not in known:
+            continue
+        left, right = known[baseline, seed], known[variant, seed]
+        middle = middle_layers(right.num_layers)
+        layer = study.runs[variant, seed].regularizer_layer
+        layer = layer if layer in middle else None
+        row: dict[str, float | None] = {"seed": seed, "reference": right.reference, "excluded_layer": layer}
+        row |= {"first_layer": middle.start, "last_layer": middle.stop - 1}
+        row |= _difference(left.over_middle(), right.over_middle(), "")
+        without = (None, None) if layer is None else (left.over_middle(layer), right.over_middle(layer))
+        row |= _difference(*without, "_excluded")
+        rows.append(row)
+    whole = ["seed", "first_layer", "last_layer", "excluded_layer"]
+    real = ["reference"]
+    real += [name + end for end in ("", "_excluded") for name in ("d_baseline", "d_variant", "reduction")]
+    return pd.DataFrame(rows, columns=whole + real).astype(dict.fromkeys(whole, "Int64") | dict.fromkeys(real, float))
+
+
+def _difference(left: float | None, right: float | None, suffix: str) -> dict[str, float | None]:
+    reduction = None if left is None or right is None else left - right
+    return {f"d_baseline{suffix}": left, f"d_variant{suffix}": right, f"reduction{suffix}": reduction}

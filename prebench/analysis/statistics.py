@@ -1,0 +1,310 @@
+"""Intervals, tests and correlations that know what the unit of a claim is. Formulae: docs/statistics.md.
+
+Two levels of uncertainty are kept apart. *Documents*: questions about one image share it, so images (clusters) are
+resampled, never questions. *Seeds*: a claim about a training procedure rests on independently trained models, so it
+uses one number per seed. Nothing here draws from a global random generator.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, stats
+
+Floats = npt.NDArray[np.float64]
+
+LEVEL = 0.95
+MIN_CORRELATION_N = 5
+_EXACT_SIGNS = 14  # 2^14 sign patterns or 7! orders are enumerated; beyond that they are sampled
+_EXACT_ORDERS = 7
+_CHUNK = 4_000_000  # numbers per block of resamples: 32 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A two-sided 95% interval, in the unit of what it is about."""
+
+    low: float
+    high: float
+
+    def contains(self, value: float) -> bool:
+        """Return whether a value lies in the closed interval."""
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Association of two quantities over independently trained models; None where `note` says why."""
+
+    n: int
+    pearson: float | None = None
+    interval: Interval | None = None
+    """Fisher's z interval of the Pearson correlation."""
+    spearman: float | None = None
+    p: float | None = None
+    """Two-sided permutation p of the Pearson correlation."""
+    note: str = ""
+
+
+def _vector(values: Sequence[float] | Floats) -> Floats:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1 or vector.size == 0:
+        raise ValueError(f"a non-empty vector is expected, got the shape {vector.shape}")
+    if not np.isfinite(vector).all():
+        raise ValueError("all values must be finite; drop failed documents first")
+    return vector
+
+
+def cluster_totals(
+    values: Sequence[float] | Floats, clusters: Sequence[Hashable] | npt.NDArray[np.generic]
+) -> tuple[Floats, Floats]:
+    """Return the sum and the count of the values in each cluster, in the sorted order of the clusters.
+
+    Args:
+        values: one finite value per document, [N].
+        clusters: the cluster (image) of each document, [N].
+
+    Returns:
+        sums [C] and counts [C].
+
+    Raises:
+        ValueError: empty or non-finite values, or lengths that differ.
+    """
+    vector = _vector(values)
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    if index.size != vector.size:
+        raise ValueError(f"{vector.size} values but {index.size} cluster names")
+    sums = np.bincount(index, weights=vector, minlength=names.size)
+    counts = np.bincount(index, minlength=names.size)
+    return np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+
+
+def cluster_bootstrap(
+    differences: Sequence[float] | Floats,
+    clusters: Sequence[Hashable] | npt.NDArray[np.generic],
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """Return the 95% bootstrap interval of a mean over documents, resampling whole clusters.
+
+    A resample draws C of the C clusters with replacement; its value is (sum of the drawn sums) / (sum of the drawn
+    counts). The percentiles are Hesterberg's expanded ones (The American Statistician 69, 2015, 371-386): the
+    nominal tail alpha/2 becomes Phi(-sqrt(C / (C - 1)) * t_{1 - alpha/2, C - 1}), because a plain percentile
+    interval of few clusters is too narrow.
+
+    Args:
+        differences: one value per document, [N].
+        clusters: the image of each document, [N].
+        n_resamples: number of resamples.
+        seed: of this call's own generator.
+
+    Returns:
+        The interval, or None with fewer than two clusters.
+
+    Raises:
+        ValueError: empty or non-finite values, or lengths that differ.
+    """
+    sums, counts = cluster_totals(differences, clusters)
+    size = sums.size
+    if size < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    means = np.empty(n_resamples)
+    step = max(1, _CHUNK // size)
+    for start in range(0, n_resamples, step):
+        rows = min(step, n_resamples - start)
+        drawn = generator.multinomial(size, np.full(size, 1 / size), size=rows)
+        means[start : start + rows] = (drawn @ sums) / (drawn @ counts)
+    critical = stats.t.ppf((1 + LEVEL) / 2, size - 1)
+    tail = float(stats.norm.cdf(-math.sqrt(size / (size - 1)) * critical))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def cluster_standard_error(
+    values: Sequence[float] | Floats, clusters: Sequence[Hashable] | npt.NDArray[np.generic]
+) -> float | None:
+    """Return the cluster-robust standard error of a mean: sqrt(C/(C-1) * sum_c (sum_{i in c} (x_i - m))^2) / N.
+
+    Liang and Zeger's sandwich (Biometrika 73, 1986, 13-22; Miller, arXiv 2411.00640) with the C/(C-1) correction;
+    with one document per cluster it is the usual s / sqrt(N). None with fewer than two clusters.
+    """
+    sums, counts = cluster_totals(values, clusters)
+    if sums.size < 2:
+        return None
+    total = counts.sum()
+    residuals = sums - counts * (sums.sum() / total)
+    return float(np.sqrt(sums.size / (sums.size - 1) * np.square(residuals).sum()) / total)
+
+
+def half_interval(
+    values: Sequence[float] | Floats, clusters: Sequence[Hashable] | npt.NDArray[np.generic]
+) -> float | None:
+    """Return half the 95% interval of a mean over documents: t_{.975, C-1} * cluster-robust standard error."""
+    error = cluster_standard_error(values, clusters)
+    if error is None:
+        return None
+    return float(stats.t.ppf((1 + LEVEL) / 2, len(set(clusters)) - 1)) * error
+
+
+def t_interval(differences: Sequence[float] | Floats) -> Interval | None:
+    """Return the 95% t interval of the mean of per-seed values: m -/+ t_{.975, S-1} * s / sqrt(S).
+
+    None with one seed, and where several seeds give one and the same non-zero value: a spread of exactly zero is an
+    accident of a coarse score, not certainty.
+    """
+    vector = _vector(differences)
+    if vector.size < 2:
+        return None
+    error = float(stats.sem(vector))
+    mean = float(vector.mean())
+    if _no_spread(vector):
+        return Interval(0.0, 0.0) if mean == 0 else None
+    half = float(stats.t.ppf((1 + LEVEL) / 2, vector.size - 1)) * error
+    return Interval(mean - half, mean + half)
+
+
+def t_p(differences: Sequence[float] | Floats) -> float | None:
+    """Return the two-sided p of a one-sample t test on per-seed values; None with one seed.
+
+    Without any spread over the seeds the exact permutation p takes its place.
+    """
+    vector = _vector(differences)
+    if vector.size < 2:
+        return None
+    if _no_spread(vector):
+        return sign_flip_p(vector)
+    return float(2 * stats.t.sf(abs(vector.mean() / stats.sem(vector)), vector.size - 1))
+
+
+def _no_spread(vector: Floats) -> bool:
+    return bool(np.ptp(vector) <= 1e-12 * max(1.0, float(np.abs(vector).max())))
+
+
+def sign_flip_p(differences: Sequence[float] | Floats, n_resamples: int = 9999, seed: int = 0) -> float:
+    """Return the two-sided p of the sign-flip permutation test of "the differences are symmetric about zero".
+
+    Up to 14 differences all 2^S sign patterns are enumerated (Fisher's exact test): p is the share with
+    |sum of signed differences| >= the observed one, never below 2 / 2^S. Beyond, p = (1 + hits) / (1 + n_resamples).
+
+    Args:
+        differences: one per seed, or one sum per cluster (then whole clusters are flipped).
+        n_resamples: sampled patterns where enumeration is out of reach.
+        seed: of this call's own generator.
+    """
+    vector = _vector(differences)
+    threshold = abs(vector.sum()) - 1e-12 * np.abs(vector).sum()
+    if vector.size <= _EXACT_SIGNS:
+        patterns = (np.arange(2**vector.size)[:, None] >> np.arange(vector.size)) & 1
+        return float(np.mean(np.abs((1 - 2 * patterns) @ vector) >= threshold))
+    generator = np.random.default_rng(seed)
+    hits, step = 0, max(1, _CHUNK // vector.size)
+    for start in range(0, n_resamples, step):
+        bits = generator.integers(0, 2, size=(min(step, n_resamples - start), vector.size), dtype=np.int8)
+        hits += int(np.count_nonzero(np.abs((1 - 2 * bits) @ vector) >= threshold))
+    return (1 + hits) / (1 + n_resamples)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return Holm's adjusted p: max_{j <= i} min(1, (m - j + 1) * p_(j)), in the order given.
+
+    Holm, Scandinavian Journal of Statistics 6 (1979) 65-70. A None (not defined) is no member of the family.
+    """
+    family = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    running = 0.0
+    for rank, (p, index) in enumerate(family):
+        running = max(running, min(1.0, (len(family) - rank) * p))
+        adjusted[index] = running
+    return adjusted
+
+
+def minimum_detectable_difference(
+    standard_error: float | None, degrees_of_freedom: int, power: float = 0.8, alpha: float = 0.05
+) -> float | None:
+    """Return the smallest true difference that a two-sided t test finds with the given power.
+
+    Solves P(|T| > t_{1 - alpha/2, df}) = power for the non-centrality d of T = (Z + d) / sqrt(V / df), V being
+    chi-squared, and returns d * SE; for many degrees of freedom that is (1.96 + 0.84) * SE.
+
+    Args:
+        standard_error: of the difference: cluster-robust over documents (df = clusters - 1), or s / sqrt(S) over
+            seeds (df = S - 1). None gives None.
+        degrees_of_freedom: at least 1.
+        power: probability of finding it.
+        alpha: two-sided level of the test.
+    """
+    if standard_error is None:
+        return None
+    critical = float(stats.t.ppf(1 - alpha / 2, degrees_of_freedom))
+
+    # P(T > c) is the mean over the estimated SD of Phi(d - c * SD); scipy's nct.sf gives NaN for large d.
+    grid = (np.arange(4000) + 0.5) / 4000
+    bounds = critical * np.sqrt(stats.chi2.ppf(grid, degrees_of_freedom) / degrees_of_freedom)
+
+    def missing_power(noncentrality: float) -> float:
+        found = stats.norm.cdf(noncentrality - bounds) + stats.norm.cdf(-noncentrality - bounds)
+        return float(found.mean() - power)
+
+    # At the upper bound the power is above .99 even with one degree of freedom.
+    noncentrality = optimize.brentq(missing_power, 0.0, 4 * critical + 4)
+    return float(noncentrality * standard_error)
+
+
+def correlation(
+    x: Sequence[float] | Floats, y: Sequence[float] | Floats, n_resamples: int = 9999, seed: int = 0
+) -> Correlation:
+    """Return Pearson's r with Fisher's interval, Spearman's rho and a permutation p, over trained models.
+
+    Interval: tanh(atanh(r) -/+ 1.96 / sqrt(n - 3)). p: the share of the orders of y with |r| >= the observed one, all
+    n! of them up to n = 7, else (1 + hits) / (1 + n_resamples).
+
+    Args:
+        x: one value per trained model, [n].
+        y: the other value of the same models, [n].
+        n_resamples: sampled orders where enumeration is out of reach.
+        seed: of this call's own generator.
+
+    Returns:
+        Values of None and a note where n < 5 ("n too small") or one side is constant.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} and {len(y)} values can't be paired")
+    n = len(x)
+    if n < MIN_CORRELATION_N:
+        return Correlation(n, note="n too small")
+    first, second = _vector(x), _vector(y)
+    if _no_spread(first) or _no_spread(second):
+        return Correlation(n, note="one side is constant")
+    pearson = float(np.clip(stats.pearsonr(first, second).statistic, -1.0, 1.0))
+    spearman = float(stats.spearmanr(first, second).statistic)
+    return Correlation(n, pearson, _fisher(pearson, n), spearman, _order_p(first, second, n_resamples, seed))
+
+
+def _fisher(pearson: float, n: int) -> Interval:
+    if abs(pearson) >= 1:
+        return Interval(pearson, pearson)
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) / math.sqrt(n - 3)
+    centre = math.atanh(pearson)
+    return Interval(math.tanh(centre - half), math.tanh(centre + half))
+
+
+def _order_p(x: Floats, y: Floats, n_resamples: int, seed: int) -> float:
+    """Return the permutation p of |r|; r is a monotone function of the centred dot product."""
+    left, right = x - x.mean(), y - y.mean()
+    threshold = abs(left @ right) * (1 - 1e-9)
+    if x.size <= _EXACT_ORDERS:
+        orders = np.array(list(itertools.permutations(range(x.size))))
+        return float(np.mean(np.abs(right[orders] @ left) >= threshold))
+    generator = np.random.default_rng(seed)
+    orders = generator.permuted(np.tile(right, (n_resamples, 1)), axis=1)
+    hits = int(np.count_nonzero(np.abs(orders @ left) >= threshold))
+    return (1 + hits) / (1 + n_resamples)

@@ -1,0 +1,317 @@
+"""The tables of a study: scores.csv and tables/{main,probes,degradation,correlation} as CSV and LaTeX.
+
+CSV holds fractions and is what to compute with; LaTeX prints per cent and is what to print. All of it is rebuilt from
+the records, and equal records give equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from prebench.analysis import degradation, statistics
+from prebench.analysis.compare import references
+from prebench.analysis.join import Run, Study, scores_frame
+from prebench.analysis.render import NOT_DEFINED, interval, latex_table, marked, p_value, percent, to_csv
+from prebench.runtime import derive_seed
+from prebench.store import write_text
+
+MAJORITY = "majority (no image)"
+BLIND = "blind (question text alone)"
+SPREAD_SEEDS = "SD over seeds"
+SPREAD_IMAGES = "half the 95% interval over images"
+PATCH_METRICS = ("cohesion", "coupling", "contrast_ratio", "centred_difference", "auc")
+GENERATED_NOTE = "(generated): data made by a generator in the benchmark's format, not the benchmark."
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell of the main table, in fractions."""
+
+    mean: float
+    spread: float | None
+    """SD over seeds; with one seed, half the 95% interval over images."""
+    n_seeds: int
+
+
+def write_tables(study: Study) -> list[Path]:
+    """Write every table of a study and return the paths.
+
+    Raises:
+        StoreError: the folder can't be written, or a record is damaged.
+    """
+    paths = [study.folder / "scores.csv"]
+    write_text(paths[0], to_csv(scores_frame(study)))
+    makers: dict[str, Callable[[Study], tuple[pd.DataFrame, pd.DataFrame, str]]] = {
+        "main": _main,
+        "probes": _probes,
+        "degradation": _degradation,
+        "correlation": _correlation,
+    }
+    for name, make in makers.items():
+        numbers, printed, caption = make(study)
+        csv, tex = (study.folder / "tables" / f"{name}.{end}" for end in ("csv", "tex"))
+        write_text(csv, to_csv(numbers))
+        write_text(tex, latex_table(printed, caption, f"tab:{study.name}-{name}"))
+        paths += [csv, tex]
+    return paths
+
+
+def score(study: Study, variant: str, task: str) -> Score | None:
+    """Return a variant's mean score on a task over its seeds; None where there is none.
+
+    The spread is the standard deviation over seeds; with one seed half the 95% interval over images:
+    t_{.975, C-1} times the cluster-robust standard error.
+    """
+    runs = [run for run in study.of_variant(variant) if task in run.tasks and run.tasks[task].score is not None]
+    if not runs:
+        return None
+    values = [float(run.tasks[task].score or 0.0) for run in runs]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else _half_interval(runs[0], task)
+    return Score(float(np.mean(values)), spread, len(values))
+
+
+def _half_interval(run: Run, task: str) -> float | None:
+    answered = run.samples(task).dropna(subset=["score"])
+    if answered.empty:
+        return None
+    images = answered["image_id"].to_numpy(dtype=str)
+    return statistics.half_interval(answered["score"].to_numpy(), images)
+
+
+def _main(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Variants by tasks: mean and spread, with the scores that need no image below."""
+    titles = [marked(task.label, task.data_source) for task in study.tasks]
+    numbers, printed = [], []
+    for variant in study.variants:
+        cells = [score(study, variant, task.task) for task in study.tasks]
+        n_seeds = max((cell.n_seeds for cell in cells if cell), default=0)
+        row: dict[str, Any] = {"variant": variant, "n_seeds": n_seeds}
+        row["spread"] = SPREAD_SEEDS if n_seeds > 1 else SPREAD_IMAGES
+        for title, cell in zip(titles, cells, strict=True):
+            row |= {title: cell.mean if cell else None, f"{title} ±": cell.spread if cell else None}
+        numbers.append(row)
+        printed.append([variant, str(n_seeds), *(_with_spread(cell) for cell in cells)])
+    for i, name in enumerate((MAJORITY, BLIND)):
+        values = [references(study, task.task)[i] for task in study.tasks]
+        numbers.append({"variant": name, **dict(zip(titles, values, strict=True))})
+        printed.append([name, "", *(percent(value) for value in values)])
+    caption = (
+        f"Study {study.name}: scores in %. ±: {SPREAD_SEEDS}, or {SPREAD_IMAGES} where there is one seed. "
+        f"Majority and blind answers need no image. {_generated_note(study)}"
+    )
+    columns = ["variant", "n_seeds", "spread", *(part for title in titles for part in (title, f"{title} ±"))]
+    return (
+        pd.DataFrame(numbers, columns=columns),
+        pd.DataFrame(printed, columns=["Variant", "Seeds", *titles]),
+        caption.strip(),
+    )
+
+
+def _generated_note(study: Study) -> str:
+    return GENERATED_NOTE if any(task.data_source == "generated" for task in study.tasks) else ""
+
+
+def _with_spread(cell: Score | None) -> str:
+    if cell is None:
+        return NOT_DEFINED
+    return percent(cell.mean) + (f" ± {percent(cell.spread)}" if cell.spread is not None else "")
+
+
+def probe_means(study: Study) -> pd.DataFrame:
+    """Return every probe value as the mean over a variant's seeds.
+
+    Returns:
+        Columns variant, layer (-1: the vision encoder), num_layers, level, attribute, metric, value, n_seeds.
+    """
+    keys = ["variant", "layer", "num_layers", "level", "attribute", "metric"]
+    frames = [run.probe().assign(variant=run.variant) for run in study.runs.values() if not run.probe().empty]
+    if not frames:
+        return pd.DataFrame(columns=[*keys, "value", "n_seeds"])
+    grouped = pd.concat(frames, ignore_index=True).groupby(keys, sort=True, dropna=False)["value"]
+    return grouped.agg(value="mean", n_seeds="size").reset_index()
+
+
+def _probes(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Variants by layers: accuracy per attribute, patch structure, degradation and its reduction."""
+    means = probe_means(study)
+    suite = study.config.suite.probe
+    names = {("global", a.name, "accuracy"): f"accuracy_{a.name}" for a in suite.attributes} if suite else {}
+    names |= {("patch", "", metric): metric for metric in PATCH_METRICS}
+    by_layer = _per_layer_degradation(study)
+    rows: list[dict[str, Any]] = []
+    for variant in study.variants:
+        mine = means[means["variant"] == variant]
+        for layer, values in mine.groupby("layer", sort=True):
+            row: dict[str, Any] = {
+                "variant": variant,
+                "layer": int(layer),
+                "depth": max(0, int(layer)) / int(values["num_layers"].max()),
+                "regularised": int(layer) in regularised_layers(study, variant),
+                "n_seeds": int(values["n_seeds"].max()),
+            }
+            keys = zip(values["level"], values["attribute"], values["metric"], strict=True)
+            found = dict(zip(keys, values["value"], strict=True))
+            row |= {name: found.get(key) for key, name in names.items()}
+            row |= by_layer.get((variant, int(layer)), {})
+            rows.append(row)
+    columns = ["variant", "layer", "depth", "regularised", "n_seeds", *names.values(), "degradation", "reduction"]
+    numbers = pd.DataFrame(rows, columns=columns)
+    attribute = suite.reference_attribute if suite else "none"
+    caption = (
+        f"Study {study.name}: visual tokens by layer, mean over seeds. Accuracy of linear probes in % (layer -1: the "
+        "vision encoder); cohesion, coupling, their ratio, centred difference and AUC of patch similarities. "
+        f"D: accuracy of {attribute} at the encoder minus at the layer, in points; reduction: D of the baseline minus "
+        "D of the variant. r: the layer that the variant regularises."
+    )
+    return numbers, _print_probes(numbers), caption
+
+
+def _print_probes(numbers: pd.DataFrame) -> pd.DataFrame:
+    printed = pd.DataFrame({"Variant": numbers["variant"]})
+    marks = numbers["regularised"].map({True: " (r)", False: ""})
+    printed["Layer"] = numbers["layer"].astype(str) + marks.astype(str)
+    titles = {"contrast_ratio": "ratio", "centred_difference": "centred diff.", "auc": "AUC"}
+    for name in numbers.columns[5:]:
+        if name.startswith("accuracy_"):
+            printed[name.removeprefix("accuracy_").replace("_", " ")] = [percent(v) for v in numbers[name]]
+        elif name in PATCH_METRICS:
+            printed[titles.get(name, name)] = [_real(v) for v in numbers[name]]
+        else:
+            printed["D" if name == "degradation" else name] = [percent(v, signed=True) for v in numbers[name]]
+    return printed
+
+
+def _real(value: float | None) -> str:
+    return NOT_DEFINED if value is None or pd.isna(value) else f"{value:.3f}".replace("-", "−")
+
+
+def regularised_layers(study: Study, variant: str) -> set[int]:
+    """Return the layers that a variant regularises; a weight of 0 only logs its loss."""
+    config = next(v for v in study.config.variants if v.name == variant).regularizer
+    if config is None or config.weight == 0:
+        return set()
+    return {run.regularizer_layer for run in study.of_variant(variant) if run.regularizer_layer is not None}
+
+
+def _per_layer_degradation(study: Study) -> dict[tuple[str, int], dict[str, float]]:
+    known = degradation.of_study(study)
+    base = study.baseline
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for variant in study.variants:
+        mine = {seed: value.per_layer for (name, seed), value in known.items() if name == variant}
+        theirs = {seed: value.per_layer for (name, seed), value in known.items() if name == base and base != variant}
+        for layer in sorted({layer for values in mine.values() for layer in values}):
+            cell = {"degradation": float(np.mean([values[layer] for values in mine.values()]))}
+            both = [theirs[seed][layer] - mine[seed][layer] for seed in sorted(mine.keys() & theirs.keys())]
+            if both:
+                cell["reduction"] = float(np.mean(both))
+            found[variant, layer] = cell
+    return found
+
+
+def _degradation(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """One row per variant: R, D over the middle layers, and the reduction against the baseline."""
+    known = degradation.of_study(study)
+    rows = []
+    for variant in study.variants:
+        mine = [value for (name, _), value in known.items() if name == variant]
+        if mine:
+            means = [value.over_middle() for value in mine]
+            rows.append(
+                {
+                    "variant": variant,
+                    "n_seeds": len(mine),
+                    "reference": float(np.mean([value.reference for value in mine])),
+                    "degradation": float(np.mean([np.nan if mean is None else mean for mean in means])),
+                    **_reduction(study, variant),
+                }
+            )
+    columns = ["variant", "n_seeds", "reference", "degradation", "reduction", "low", "high"]
+    columns += ["excluded_layer", "reduction_excluded", "low_excluded", "high_excluded"]
+    numbers = pd.DataFrame(rows, columns=columns)
+    numbers["excluded_layer"] = numbers["excluded_layer"].astype("Int64")
+    printed = pd.DataFrame({"Variant": numbers["variant"], "Seeds": numbers["n_seeds"].astype(str)})
+    printed["R"] = [percent(v) for v in numbers["reference"]]
+    printed["D"] = [percent(v, signed=True) for v in numbers["degradation"]]
+    for end, title in (("", "Reduction"), ("_excluded", "Without regularised layer")):
+        parts = (numbers[f"{name}{end}"] for name in ("reduction", "low", "high"))
+        printed[title] = [_with_interval(*values) for values in zip(*parts, strict=True)]
+    attribute = study.config.suite.probe.reference_attribute if study.config.suite.probe else "none"
+    caption = (
+        f"Study {study.name}: degradation D of {attribute}, in points: probe accuracy R at the vision encoder minus "
+        "its mean over the middle layers, ceil(L/4) to floor(3L/4). Reduction: D of the baseline minus D of the "
+        "variant, paired by seed, with a t interval over seeds; also without the layer that the variant regularises."
+    )
+    return numbers, printed, caption
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    text = percent(value, signed=True)
+    return text if pd.isna(low) else f"{text} {interval(low, high)}"
+
+
+def _reduction(study: Study, variant: str) -> dict[str, Any]:
+    if study.baseline in (None, variant):
+        return {}
+    frame = degradation.reductions(study, str(study.baseline), variant)
+    cells: dict[str, Any] = {}
+    for end in ("", "_excluded"):
+        values = frame[f"reduction{end}"].dropna().to_numpy()
+        if len(values):
+            found = statistics.t_interval(values)
+            bounds = (found.low, found.high) if found else (None, None)
+            cells |= {f"reduction{end}": float(values.mean()), f"low{end}": bounds[0], f"high{end}": bounds[1]}
+    if "reduction_excluded" in cells:
+        cells["excluded_layer"] = frame["excluded_layer"].iloc[0]
+    return cells
+
+
+def trained_models(study: Study, task: str) -> pd.DataFrame:
+    """Return the points of the correlation: one row per trained model other than the baseline.
+
+    Returns:
+        Columns variant, seed, reduction (of degradation) and gain (in the task's score), both against the baseline
+        of the same seed.
+    """
+    base, rows = study.baseline, []
+    if base is not None:
+        for variant in (name for name in study.variants if name != base):
+            frame = degradation.reductions(study, base, variant)
+            for seed, value in zip(frame["seed"], frame["reduction"], strict=True):
+                pair = [study.runs[name, int(seed)].tasks.get(task) for name in (base, variant)]
+                scores = [record.score for record in pair if record is not None and record.score is not None]
+                if len(scores) == 2 and not np.isnan(value):
+                    rows.append((variant, int(seed), float(value), scores[1] - scores[0]))
+    return pd.DataFrame(rows, columns=["variant", "seed", "reduction", "gain"])
+
+
+def _correlation(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """One row per task: does a model that degrades less answer better? The trained model is the unit."""
+    numbers, printed = [], []
+    for task in study.tasks:
+        points = trained_models(study, task.task)
+        seed = derive_seed("correlation", task.task) % 2**32
+        found = statistics.correlation(points["reduction"].to_numpy(), points["gain"].to_numpy(), seed=seed)
+        bounds = (found.interval.low, found.interval.high) if found.interval else (None, None)
+        row = (found.n, found.pearson, *bounds, found.spearman, found.p, found.note)
+        numbers.append((task.task, marked(task.label, task.data_source), *row))
+        shown = f"[{_real(bounds[0])}, {_real(bounds[1])}]" if found.interval else NOT_DEFINED
+        cells = (_real(found.pearson), shown, _real(found.spearman), p_value(found.p), found.note)
+        printed.append((marked(task.label, task.data_source), str(found.n), *cells))
+    caption = (
+        f"Study {study.name}: correlation of degradation reduction with gain over n trained models other than the "
+        f"baseline, each against the baseline of its seed; p by permutation; no statement below "
+        f"{statistics.MIN_CORRELATION_N} models. Models that share a baseline are not independent, and a regularizer "
+        f"optimises what lies next to the probe: this is no mediation analysis. {_generated_note(study)}"
+    )
+    return (
+        pd.DataFrame(numbers, columns=["task", "label", "n_models", "r", "low", "high", "rho", "p", "note"]),
+        pd.DataFrame(printed, columns=["Task", "n", "r", "95% interval", "ρ", "p", "Note"]),
+        caption.strip(),
+    )
