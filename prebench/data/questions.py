@@ -175,11 +175,11 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def choices_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]] | None:
     """Return a colour or shape question with its answer and four options in random order, or None."""
-    by_shape = rng.random() < 0.5
-    base = _color(scene, rng) if by_shape else _shape(scene, rng)
+    makers = (_color, _shape) if rng.random() < 0.5 else (_shape, _color)
+    base = makers[0](scene, rng) or makers[1](scene, rng)
     if base is None:
         return None
-    others = [value for value in (COLORS if by_shape else SHAPES) if value != base.answer]
+    others = [value for value in (COLORS if base.type == "color" else SHAPES) if value != base.answer]
     options = [base.answer, *(others[i] for i in rng.permutation(len(others))[: len(LETTERS) - 1])]
     return base.text, base.answer, [options[i] for i in rng.permutation(len(options))]
 
