@@ -54,7 +54,7 @@ def study_config(variants: Sequence[str], seeds: Sequence[int], probe: bool = Tr
 
 def sample(index: int, score: float | None, **changes: Any) -> SampleRecord:
     values = {
-        "doc_id": f"d{index:03d}",
+        "doc_id": index,
         "image_id": f"i{index // QUESTIONS:03d}",
         "prompt_hash": f"p{index}",
         "image_hash": f"h{index // QUESTIONS}",
