@@ -30,7 +30,7 @@ FORMAT = 1
 """Raised with every change of what the same request yields."""
 PRIOR_SCENES = 2000
 """Training scenes whose questions give the scores without a picture."""
-PRIOR_QUESTIONS = 16
+PRIOR_QUESTIONS = 8
 """Questions per training scene for those scores."""
 
 Builder = Callable[[TaskConfig, int], upstream.Benchmark]

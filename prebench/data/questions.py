@@ -160,6 +160,8 @@ def _color_count(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene.objects) < 2:
+        return None
     first, second = (scene.objects[i] for i in rng.permutation(len(scene.objects))[:2])
     across = rng.random() < 0.5
     distance = second.col - first.col if across else second.row - first.row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,4 +61,4 @@ def _score(documents: Sequence[Document], answers: Sequence[str]) -> float:
     for number, (document, answer) in enumerate(zip(documents, answers, strict=True)):
         group = document.group or f"#{number}"
         groups[group] = min(groups.get(group, 1.0), document.credit.get(answer, 0.0))
-    return sum(groups.values()) / len(groups)
+    return math.fsum(groups.values()) / len(groups)
