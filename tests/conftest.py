@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from prebench.config import ModelConfig
 from prebench.model.builder import build_model, build_processor
 from prebench.model.tokenizer import train_tokenizer
 from prebench.store import write_json
+
+# Deterministic, and no time limits on a shared machine.
+settings.register_profile(
+    "prebench", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("prebench")
 
 WORDS = ["is there a red circle?", "what color is the circle?", "yes no red blue circle square", "describe the image."]
 TINY = ModelConfig.model_validate(

@@ -1,0 +1,133 @@
+"""Configuration: strict, readable errors, overrides, diff, and every shipped file."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prebench.config import (
+    KINDS,
+    PresetConfig,
+    StudyConfig,
+    diff,
+    dump_yaml,
+    list_configs,
+    load_preset,
+    load_suite,
+    load_variant,
+    read_yaml,
+    validate,
+)
+from prebench.errors import ConfigError
+from prebench.runtime import data_dir
+
+LOADERS = {"presets": load_preset, "suites": load_suite, "variants": load_variant}
+
+
+def test_every_shipped_file_loads():
+    files = sorted(data_dir("configs").rglob("*.yaml"))
+    loaded = [LOADERS[kind](name) for kind in KINDS for name in list_configs(kind)]
+    assert len(loaded) == len(files) >= 6
+    for name in list_configs("suites"):
+        suite = load_suite(name)
+        assert suite.defaults.preset in list_configs("presets")
+        assert set(suite.defaults.variants) <= set(list_configs("variants"))
+
+
+def test_overrides_apply_and_are_checked():
+    preset = load_preset("embedded", ["train.instruct.steps=7", "model.language_model.hidden_size=64"])
+    assert preset.train.instruct.steps == 7
+    assert preset.model.language_model.hidden_size == 64
+    assert list(diff(load_preset("embedded").model_dump(), preset.model_dump())) == [
+        "model.language_model.hidden_size: 96 -> 64",
+        f"train.instruct.steps: {load_preset('embedded').train.instruct.steps} -> 7",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.instruct.step=7", "unknown key 'train.instruct.step' (did you mean 'steps'?"),
+        ("train.instruct.steps", "write it as section.field=value"),
+        ("train.instruct.steps=many", "train.instruct.steps: Input should be a valid integer"),
+        ("train.instruct.steps=-1", "greater than or equal to 0"),
+        ("name.x=1", "'name' is a value, not a section"),
+        ("train.log_every=[1", "the value is no YAML"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_preset("embedded", [override])
+    assert message in str(caught.value)
+
+
+def test_unknown_names_suggest():
+    with pytest.raises(ConfigError, match=r"unknown suite 'smok' \(did you mean 'smoke'\?"):
+        load_suite("smok")
+    with pytest.raises(ConfigError, match=r"unknown variant 'prr' \(did you mean 'pre'\?"):
+        load_variant("prr")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "malformed YAML"),
+        ("- 1", "a mapping of names"),
+        ("", "a mapping of names"),
+        ("1: 2", "a mapping of names"),
+    ],
+)
+def test_malformed_yaml_names_the_file(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_variant(str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_extends_is_one_level(tmp_path):
+    (tmp_path / "v.yaml").write_text("extends: pre\nregularizer: {weight: 2.0}\n")
+    with pytest.raises(ConfigError, match="one level is allowed"):
+        load_variant(str(tmp_path / "v.yaml"))
+
+
+def test_yaml_objects_are_not_constructed(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("a: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ConfigError):
+        read_yaml(path)
+
+
+def test_study_round_trips(tmp_path):
+    study = StudyConfig(
+        name="s",
+        preset=load_preset("embedded"),
+        suite=load_suite("full"),
+        variants=(load_variant("baseline"), load_variant("pre")),
+        seeds=(0, 1),
+    )
+    path = tmp_path / "study.yaml"
+    path.write_text(dump_yaml(study))
+    assert validate(StudyConfig, read_yaml(path), "x") == study
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["name", "data", "model", "train", "x"]), json_values))
+def test_any_mapping_gives_a_config_or_a_config_error(values):
+    try:
+        validate(PresetConfig, values, "file.yaml")
+    except ConfigError as error:
+        assert str(error).startswith("file.yaml: ")
+
+
+@given(json_values)
+def test_diff_of_equals_is_empty(value):
+    assert list(diff(value, value)) == []
