@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,10 +163,14 @@ def _echo_summary(folder: Path, paths: Sequence[Path]) -> None:
     from prebench.analysis.join import load_study
     from prebench.analysis.summary import summary_text
 
-    click.echo(summary_text(load_study(folder)))
+    click.echo(summary_text(load_study(folder), width=_width()))
     click.echo("written:")
     for path in paths:
         click.echo(f"  {path}")
+
+
+def _width() -> int:
+    return max(80, shutil.get_terminal_size((100, 24)).columns)
 
 
 def _chosen_study(results: Path, study: str | None) -> Path:
@@ -196,7 +201,8 @@ def compare(baseline: str, variant: str, study: str | None, results: Path, form:
     from prebench.analysis.join import load_study
     from prebench.store import write_text
 
-    text = render(compare_variants(load_study(_chosen_study(results, study)), baseline, variant), form)
+    comparison = compare_variants(load_study(_chosen_study(results, study)), baseline, variant)
+    text = render(comparison, form, width=_width())
     if output is None:
         click.echo(text)
     else:

@@ -48,11 +48,13 @@ def seed_everything(seed: int) -> None:
 
 
 def prepare_cpu() -> None:
-    """Flush denormals (a slow path on CPUs) and keep tokenizers from forking threads."""
+    """Flush denormals (a slow path on CPUs), keep tokenizers from forking threads, and quieten transformers' bars."""
     import torch
+    from transformers.utils import logging as transformers_logging
 
     torch.set_flush_denormal(True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.disable_progress_bar()
 
 
 def choose_device(name: str = "auto") -> torch.device:

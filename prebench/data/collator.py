@@ -54,9 +54,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()
-        }
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         return Batch(**moved)
 
 

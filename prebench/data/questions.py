@@ -1,8 +1,7 @@
 """Captions and questions in words about a scene.
 
 Answers are balanced, so that the text of a question says little about its answer, and negatives are hard. The word that
-decides stands late in a question. Neither background nor fill is ever mentioned; size is in captions and in the rare
-questions alone.
+decides stands late in a question. Neither background nor fill is ever mentioned; size is in the rare questions alone.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ class Question:
 
 
 def caption(scene: Scene) -> str:
-    """Return all objects in reading order: "a large red circle, a small blue square and a small teal star"."""
-    names = [f"a {item.size} {item.name}" for item in scene.objects]
+    """Return all objects in reading order: "a red circle, a blue square and a teal star"."""
+    names = [f"a {item.name}" for item in scene.objects]
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 

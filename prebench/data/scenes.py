@@ -1,6 +1,6 @@
 """Generated scenes: coloured shapes on a 4 x 4 grid over a textured background, with exact object masks.
 
-A text may mention shape and colour (asked) and size (captions and the rare questions). No text mentions the
+A text may mention shape and colour (asked) and size (the rare questions). No text mentions the
 background, or the fill pattern, which the objects of a scene share; the tower is pretrained without the fill.
 """
 
