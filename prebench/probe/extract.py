@@ -174,8 +174,12 @@ def _extract_batch(
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(projected))},
             use_cache=False,
         )
-    encoder_pooled, encoder_structure = _reduce(encoder_BND, masks)
-    layers = [_reduce(states.at(layer).unflatten(0, (len(images), -1)), masks) for layer in range(depth + 1)]
+    layers_BND = [states.at(layer).unflatten(0, (len(images), -1)) for layer in range(depth + 1)]
+    assignment = _assign(masks, layers_BND[0].shape[1])
+    layers = [_reduce(tokens_BND, assignment) for tokens_BND in layers_BND]
+    if encoder_BND.shape[1] != layers_BND[0].shape[1]:  # a projector that merges patches
+        assignment = _assign(masks, encoder_BND.shape[1])
+    encoder_pooled, encoder_structure = _reduce(encoder_BND, assignment)
     return ProbeFeatures(
         pooled=np.stack([pooled for pooled, _ in layers], axis=1),
         encoder_pooled=encoder_pooled,
@@ -209,13 +213,21 @@ def _image_prefix(model: Any, processor: Any, images: Sequence[Image.Image]) -> 
     }
 
 
-def _reduce(tokens_BND: Tensor, masks: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean token, [B, D], and the patch structure, [B, K], of a batch at one layer, both float32."""
-    tokens = tokens_BND.float()
-    count = tokens.shape[1]
+def _assign(masks: Sequence[np.ndarray | None], count: int) -> Tensor:
+    """Return the object of each of an image's `count` visual tokens, [B, count]; none where there is no mask.
+
+    Raises:
+        ModelError: the tokens form no square grid.
+    """
     side = math.isqrt(count)
     if side * side != count:
         raise ModelError(f"probe: {count} visual tokens per image form no square grid; patch structure needs one")
     rows = [np.zeros(count, dtype=np.int64) if m is None else assign_patches(m, (side, side)) for m in masks]
-    structure = patch_structure(tokens, torch.from_numpy(np.stack(rows)))
+    return torch.from_numpy(np.stack(rows))
+
+
+def _reduce(tokens_BND: Tensor, assignment_BN: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean token, [B, D], and the patch structure, [B, K], of a batch at one layer, both float32."""
+    tokens = tokens_BND.float()
+    structure = patch_structure(tokens, assignment_BN)
     return tokens.mean(dim=1).cpu().numpy(), structure.float().cpu().numpy()

@@ -20,12 +20,12 @@ from prebench.errors import DataError
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for C, the inverse strength of the L2 penalty (scikit-learn's C), weakest last."""
-TOLERANCE = 1e-5
+TOLERANCE = 3e-5
 """Largest entry of the gradient at which a solution counts as converged (scikit-learn's default is 1e-4)."""
 MAX_STEPS = 500
 MAX_HALVINGS = 30
-MEMORY = 10
-"""Pairs of steps that L-BFGS remembers."""
+MEMORY = 5
+"""Pairs of steps that L-BFGS remembers; more save few steps and make each dearer."""
 CHUNK_BYTES = 1 << 29
 """Layers are solved together in groups whose float64 features stay below this size."""
 
@@ -61,9 +61,9 @@ def fit_linear_probe(
     """Fit one linear classifier per feature set on the training images and score it on the test images.
 
     Features are standardised by the training images' mean and standard deviation. Per feature set, C goes from strong
-    to weak until the log loss on the validation images first rises, and the lowest is taken (ties: the smaller C). Log
-    loss, since accuracy on a few hundred images jumps between neighbours of the grid. The classifier is not refitted on
-    training plus validation images.
+    to weak until the log loss on the validation images falls no further, and the lowest is taken. Log loss, since
+    accuracy on a few hundred images jumps between neighbours of the grid. The classifier is not refitted on training
+    plus validation images.
 
     Args:
         features_train: [n_train, S, D], float; S feature sets (layers) of the same images.
@@ -89,11 +89,7 @@ def fit_linear_probe(
     for subset, features, labels in sets:
         _check(name, subset, features, labels, features_train.shape[1:])
     classes = np.unique(labels_train)
-    known = np.unique(np.concatenate([labels_train, labels_val, labels_test]))
-    if len(classes) < 2:
-        raise DataError(f"{name}: the training images have one class only ({classes[0]}); a probe needs two")
-    if len(labels_train) < len(known):
-        raise DataError(f"{name}: {len(labels_train)} training images for {len(known)} classes; add images")
+    _check_classes(name, classes, labels_train, labels_val, labels_test)
     if shuffle_seed is not None:
         rng = np.random.default_rng(shuffle_seed)
         labels_train, labels_val = rng.permutation(labels_train), rng.permutation(labels_val)
@@ -126,6 +122,14 @@ def _check(name: str, subset: str, features: np.ndarray, labels: np.ndarray, set
         raise DataError(f"{where}: NaN or infinite values in {bad} of {len(labels)} images; check the model's weights")
 
 
+def _check_classes(name: str, classes: np.ndarray, *labels: np.ndarray) -> None:
+    known = np.unique(np.concatenate(labels))
+    if len(classes) < 2:
+        raise DataError(f"{name}: the training images have one class only ({classes[0]}); a probe needs two")
+    if len(labels[0]) < len(known):
+        raise DataError(f"{name}: {len(labels[0])} training images for {len(known)} classes; add images")
+
+
 def _as_sets(features: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(features.transpose(1, 0, 2), dtype=np.float64))
 
@@ -145,21 +149,20 @@ def _fit_chunk(
     seen = np.isin(labels_val, classes)
     val_rows = torch.from_numpy(np.flatnonzero(seen))
     val_targets = torch.from_numpy(np.searchsorted(classes, labels_val[seen]))
-    weights = train.new_zeros(train.shape[0], len(classes), train.shape[2])
+    best_weights = train.new_zeros(train.shape[0], len(classes), train.shape[2])
     best_loss = torch.full((len(train),), torch.inf, dtype=torch.float64)
-    best_weights, chosen = weights, torch.zeros_like(best_loss)
-    rising = torch.zeros_like(best_loss, dtype=torch.bool)
+    chosen = torch.zeros_like(best_loss)
+    falling = torch.arange(len(train))  # the sets whose validation loss still falls along the path
     for penalty in penalties:  # from strong to weak: each solution starts at the one before
         # With two classes scikit-learn fits one weight vector w = w_1 - w_0, whose ||w||^2 is twice ours.
         ridge = (2.0 if len(classes) == 2 else 1.0) / (penalty * len(targets))
-        weights = _minimise(train, onehot, ridge, curvature, weights, name)
-        log_p = torch.log_softmax(weights @ val[:, val_rows].transpose(1, 2), dim=1)
+        weights = _minimise(train[falling], onehot, ridge, curvature[falling], best_weights[falling], name)
+        log_p = torch.log_softmax(weights @ val[falling][:, val_rows].transpose(1, 2), dim=1)
         loss = -log_p.gather(1, val_targets.expand(len(log_p), 1, -1)).sum(dim=(1, 2))
-        rising = rising | (loss > best_loss)
-        better = ~rising & (loss < best_loss)
-        best_loss, chosen = torch.where(better, loss, best_loss), torch.where(better, penalty, chosen)
-        best_weights = torch.where(better[:, None, None], weights, best_weights)
-        if bool(rising.all()):
+        better = loss < best_loss[falling]
+        falling = falling[better]
+        best_loss[falling], best_weights[falling], chosen[falling] = loss[better], weights[better], penalty
+        if len(falling) == 0:
             break
     predicted = classes[(best_weights @ test.transpose(1, 2)).argmax(dim=1).numpy()]
     return chosen.numpy(), (predicted == labels_test).T
@@ -194,7 +197,17 @@ def _objective(x_SND: Tensor, y_CN: Tensor, ridge: float, w_SCD: Tensor) -> tupl
 
 
 def _minimise(x: Tensor, y: Tensor, ridge: float, curvature: Tensor, start: Tensor, name: str) -> Tensor:
-    """Return the minimisers, [S, C, D + 1]: S problems side by side, each with a step length of its own."""
+    """Return the minimisers, [S, C, D + 1]: S problems side by side, each with a step length of its own.
+
+    Args:
+        x: [S, n, D + 1] features, the last column ones.
+        y: [C, n] one-hot labels.
+        ridge: strength of the penalty.
+        curvature: [S, 1, D + 1] variances of the features (`_whiten`).
+        start: [S, C, D + 1].
+        name: for the warning about a solution short of the optimum.
+    """
+    solution, rows = start.clone(), torch.arange(len(start))
     bound = 0.5 * curvature + ridge  # Böhning: the likelihood's curvature is at most half the features' variance
     bound[..., -1] = 0.5
     w = start
@@ -203,8 +216,14 @@ def _minimise(x: Tensor, y: Tensor, ridge: float, curvature: Tensor, start: Tens
     stuck = torch.zeros_like(value, dtype=torch.bool)
     for _ in range(MAX_STEPS):
         done = stuck | (gradient.abs().amax(dim=(1, 2)) <= TOLERANCE)
-        if bool(done.all()):
-            return w
+        if 2 * int(done.sum()) >= len(done):  # go on with the unfinished half
+            solution[rows[done]], rest = w[done], ~done
+            if not bool(rest.any()):
+                return solution
+            x, bound, w, value, gradient, rows, stuck, done = (
+                t[rest] for t in (x, bound, w, value, gradient, rows, stuck, done)
+            )
+            history = [(moved[rest], change[rest], product[rest]) for moved, change, product in history]
         direction = torch.where(done[:, None, None], 0.0, -_inverse_hessian(gradient, 1 / bound, history))
         slope = (gradient * direction).sum(dim=(1, 2))
         new_w, new_value, new_gradient, accepted = _line_search(x, y, ridge, w, value, direction, slope)
@@ -216,7 +235,8 @@ def _minimise(x: Tensor, y: Tensor, ridge: float, curvature: Tensor, start: Tens
         value = torch.where(accepted, new_value, value)
         history = [*history[-(MEMORY - 1) :], (moved, change, (moved * change).sum(dim=(1, 2)))]
     logger.warning("%s: a linear probe stopped after %d steps short of the optimum", name, MAX_STEPS)
-    return w
+    solution[rows] = w
+    return solution
 
 
 def _line_search(

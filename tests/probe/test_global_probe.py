@@ -34,7 +34,7 @@ def reference_accuracy(data, index: int, penalties=PENALTIES) -> float:
         model = LogisticRegression(C=penalty, tol=1e-7, max_iter=5000)
         model.fit(scaler.transform(train[:, index].astype(np.float64)), train_labels)
         loss = log_loss(val_labels, model.predict_proba(scaler.transform(val[:, index].astype(np.float64))))
-        if loss > best:
+        if loss >= best:
             break
         best = loss
         accuracy = model.score(scaler.transform(test[:, index].astype(np.float64)), test_labels)
