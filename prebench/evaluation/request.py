@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,9 +137,17 @@ class Hashes:
 
     def of(self, run: RunRequest, source: TaskSource) -> dict[str, str]:
         """Return the hashes that a finished record must carry: weights, data, prompts, config."""
+        return {"weights": self.weights(run.model_dir)} | self.of_task(source)
+
+    def of_task(self, source: TaskSource) -> dict[str, str]:
+        """Return the hashes that do not depend on the run.
+
+        Raises:
+            EvaluationError: the task's data set is not in the mirror.
+        """
         if source.task not in self._tasks:
             self._tasks[source.task] = self._of_task(source)
-        return {"weights": self.weights(run.model_dir)} | self._tasks[source.task]
+        return self._tasks[source.task]
 
     def weights(self, model_dir: Path) -> str:
         """Return the hash of weights, processor, chat template and generation settings.
@@ -174,8 +182,25 @@ def task_settings(request: EvaluationRequest, task: str) -> Mapping[str, Any]:
     return {"task": blocks[0].model_dump(mode="json"), "dtype": request.dtype}
 
 
-def pending(request: EvaluationRequest, mirror: Path) -> Iterator[tuple[RunRequest, TaskSource, dict[str, str]]]:
-    """Yield what has no result yet, or one that other weights, data, prompts or settings made; run by run.
+class WorkItem(StrictModel):
+    """One task of one run that has to be computed, and the hashes that its result will carry."""
+
+    run: RunRequest
+    task: str
+    hashes: dict[str, str]
+
+
+class Work(StrictModel):
+    """What is handed to the evaluating process."""
+
+    request: EvaluationRequest
+    items: tuple[WorkItem, ...]
+    data: str
+    """Hash of all the request's data sets."""
+
+
+def plan(request: EvaluationRequest, mirror: Path) -> Work:
+    """Return what has no result yet, or one that other weights, data, prompts or settings made; run by run.
 
     Raises:
         EvaluationError: an unknown task, or its data set is not in the mirror.
@@ -183,11 +208,14 @@ def pending(request: EvaluationRequest, mirror: Path) -> Iterator[tuple[RunReque
     """
     sources = [find_task(name) for name in request.task_names]
     hashes = Hashes(request, mirror)
+    items = []
     for run in request.runs:
         for source in sources:
             expected = hashes.of(run, source)
             if not is_done(run, source.task, expected, request):
-                yield run, source, expected
+                items.append(WorkItem(run=run, task=source.task, hashes=expected))
+    data = {source.task: hashes.of_task(source)["data"] for source in sources}
+    return Work(request=request, items=tuple(items), data=content_hash(data))
 
 
 def is_done(run: RunRequest, task: str, expected: Mapping[str, str], request: EvaluationRequest) -> bool:

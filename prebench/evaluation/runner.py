@@ -8,40 +8,25 @@ libraries print goes to a log file.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from prebench.config import SuiteConfig, validate
 from prebench.errors import EvaluationError, PrebenchError
-from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource, pending
+from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, find_task, plan
 from prebench.progress import ProgressLine, say
 from prebench.store import read_json, write_json
 
+WORK_FILE = "evaluation.json"
 LOG_FILE = "evaluate.log"
 LOG_LINES = 5
 """Last lines of the log that a crash is reported with."""
-INTERNAL_ERROR = 1
 USER_ERROR = 2
-
-logger = logging.getLogger(__name__)
-
-
-class RunLike(Protocol):
-    """A run of a study (prebench.study.Run)."""
-
-    variant: str
-    seed: int
-    folder: Path
-
-    @property
-    def model_dir(self) -> Path:
-        """Return the exported folder."""
-        ...
 
 
 def evaluate_study(
@@ -84,12 +69,13 @@ def run_in_subprocess(request: EvaluationRequest, mirror: Path, cache: Path) -> 
     Raises:
         EvaluationError: see `evaluate_runs`; or the subprocess died (the last lines of its log are quoted).
     """
-    if not any(True for _ in pending(request, mirror)):
+    work = plan(request, mirror)
+    if not work.items:
         say("evaluate: every task has been scored already")
         return
     cache = cache.resolve()
-    path = cache / "evaluation.json"
-    write_json(path, request.model_dump(mode="json"))
+    path = cache / WORK_FILE
+    write_json(path, work.model_dump(mode="json"))
     log = cache / LOG_FILE
     say("evaluate: starting lmms-eval")
     with log.open("w", encoding="utf-8") as log_file:
@@ -97,7 +83,7 @@ def run_in_subprocess(request: EvaluationRequest, mirror: Path, cache: Path) -> 
             # -P: the mirror may hold a folder called prebench, which must not become importable
             [sys.executable, "-P", "-m", "prebench.evaluation.runner", str(path)],
             cwd=mirror,
-            env=_environment(cache),
+            env=_environment(cache / "datasets" / work.data),
             stdout=subprocess.PIPE,
             stderr=log_file,
             text=True,
@@ -117,67 +103,68 @@ def run_in_subprocess(request: EvaluationRequest, mirror: Path, cache: Path) -> 
         raise EvaluationError(f"the evaluation process ended with code {process.returncode}: {tail} (log: {log})")
 
 
-def evaluate_runs(request: EvaluationRequest, mirror: Path, report: Any) -> None:
-    """Evaluate and probe what is missing, in this process; its working directory must be the mirror.
+def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
+    """Evaluate and probe in this process; its working directory must be the mirror.
 
     Args:
-        request: runs and tasks.
-        mirror: the working directory.
+        work: what is missing.
         report: called with title, documents done and their total.
 
     Raises:
         EvaluationError: tasks failed (all are named); what did not fail is written.
     """
-    todo: dict[RunRequest, list[tuple[TaskSource, dict[str, str]]]] = {}
-    for run, source, hashes in pending(request, mirror):
-        todo.setdefault(run, []).append((source, hashes))
     from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
-    from prebench.evaluation.harness import LoadedTask, evaluate_probe, evaluate_task
+    from prebench.evaluation.harness import evaluate_probe, evaluate_task
 
+    request = work.request
     if request.probe is not None:
         from prebench.evaluation.probe_task import CONFIG_VARIABLE
 
         chosen = request.probe.model_dump(mode="json", include={"attributes", "reference_attribute"})
         os.environ[CONFIG_VARIABLE] = json.dumps(chosen)
     configs = {config.task: config for config in request.tasks}
-    loaded: dict[str, LoadedTask | PrebenchError] = {}
-    problems: list[str] = []
-    for run, tasks in todo.items():
-        budget = request.token_budget or DEFAULT_TOKEN_BUDGET
-        engine = Engine(run.model_dir, request.device, request.dtype, budget)
-        for source, hashes in tasks:
+    load = cache(_load)  # each task once for all runs
+    problems: dict[str, None] = {}
+    for run in dict.fromkeys(item.run for item in work.items):
+        engine = Engine(run.model_dir, request.device, request.dtype, request.token_budget or DEFAULT_TOKEN_BUDGET)
+        for item in work.items:
+            if item.run != run:
+                continue
             try:
-                if source.task not in loaded:
-                    loaded[source.task] = _load(source)
-                task = loaded[source.task]
+                task = load(item.task)
                 if isinstance(task, PrebenchError):
                     raise task
-                if source.task in configs:
-                    evaluate_task(engine, task, run, configs[source.task], request, hashes, report)
+                if item.task in configs:
+                    evaluate_task(engine, task, run, configs[item.task], request, item.hashes, report)
                 else:
-                    evaluate_probe(engine, task, run, hashes, report)
+                    evaluate_probe(engine, task, run, item.hashes, report)
             except PrebenchError as error:
-                if str(error) not in problems:
-                    problems.append(str(error))
+                problems[str(error)] = None
     if problems:
         raise EvaluationError("; ".join(problems))
 
 
-def _load(source: TaskSource) -> Any:
+def _load(task: str) -> Any:
+    """Return the loaded task, or the error that every run will report."""
     from prebench.evaluation.harness import LoadedTask
 
     try:
-        return LoadedTask(source)
+        return LoadedTask(find_task(task))
     except PrebenchError as error:
         return error
 
 
 def _environment(cache: Path) -> dict[str, str]:
+    """Return the child's environment: no network, and a cache that belongs to these very data sets.
+
+    `datasets` keys its cache on the README of a local folder, not on the content of its files, so that one cache for
+    two mirrors would answer with the first one's documents.
+    """
     offline = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(cache / "datasets"),
-        "LMMS_EVAL_DATASETS_CACHE": str(cache / "datasets"),
+        "HF_DATASETS_CACHE": str(cache),
+        "LMMS_EVAL_DATASETS_CACHE": str(cache),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8",
@@ -227,8 +214,8 @@ def main(arguments: Sequence[str]) -> int:
         channel.flush()
 
     try:
-        request = validate(EvaluationRequest, read_json(path), str(path))
-        evaluate_runs(request, Path.cwd(), lambda t, d, n: send({"title": t, "done": d, "total": n}))
+        work = validate(Work, read_json(path), str(path))
+        evaluate_runs(work, lambda t, d, n: send({"title": t, "done": d, "total": n}))
     except PrebenchError as error:
         send({"error": str(error)})
         return USER_ERROR

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from prebench.config import ProbeConfig, TaskConfig
 from prebench.errors import EvaluationError, ModelError
-from prebench.evaluation.request import EvaluationRequest, RunRequest, find_task, pending
+from prebench.evaluation.request import EvaluationRequest, RunRequest, find_task, plan
 from prebench.evaluation.runner import run_in_subprocess
 from prebench.records import SampleRecord, TaskRecord
 from prebench.runtime import data_dir
@@ -73,9 +74,9 @@ def test_tasks_are_found_without_importing_lmms_eval(mirror: Path) -> None:
 def test_missing_data_or_model_is_named_before_anything_runs(tiny_export: Path, tmp_path: Path, mirror: Path) -> None:
     request = _request(tiny_export, tmp_path)
     with pytest.raises(EvaluationError, match=r"task 'gqa': no data set lmms-lab-encoder/GQA .*prebench mirror"):
-        list(pending(request, tmp_path))
+        plan(request, tmp_path)
     with pytest.raises(ModelError, match="no exported model"):
-        list(pending(_request(tmp_path / "nothing", tmp_path), mirror))
+        plan(_request(tmp_path / "nothing", tmp_path), mirror)
 
 
 @pytest.mark.slow
@@ -123,7 +124,7 @@ def test_a_second_call_computes_nothing(evaluated: Path, tiny_export: Path, mirr
 @pytest.mark.slow
 def test_other_weights_data_or_settings_are_pending_again(evaluated, tiny_export, mirror, tmp_path) -> None:
     def names(request: EvaluationRequest, folder: Path) -> set[str]:
-        return {source.task for _, source, _ in pending(request, folder)}
+        return {item.task for item in plan(request, folder).items}
 
     assert names(_request(tiny_export, evaluated), mirror) == set()
     model = shutil.copytree(tiny_export, tmp_path / "model")
@@ -139,32 +140,40 @@ def test_other_weights_data_or_settings_are_pending_again(evaluated, tiny_export
     assert names(_request(tiny_export, evaluated, tasks=relabelled), mirror) == {"gqa"}
 
 
-@pytest.mark.slow
-def test_broken_documents_are_errors_and_too_many_fail_the_task_alone(tiny_export, mirror, tmp_path) -> None:
-    """Two of 24 easy-VQA images are broken: recorded under a share of 10%, refused under 1%; gqa stands either way."""
-    broken = shutil.copytree(mirror, tmp_path / "mirror")
+def _broken_mirror(mirror: Path, folder: Path) -> Path:
+    """Copy a mirror and break two of the 24 images of easy-VQA (documents 5 and 17)."""
+    broken = Path(shutil.copytree(mirror, folder / "mirror"))
     path = broken / "prebench" / "easy_vqa" / "default.parquet"
-    rows = pq.read_table(path).to_pylist()
+    table = pq.read_table(path)
+    rows = table.to_pylist()
     for index in (5, 17):
         rows[index]["image"]["bytes"] = b"no image"
-    schema = pq.read_schema(path)
-    import pyarrow as pa
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    return broken
 
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-    request = _request(tiny_export, tmp_path, probe=None)
+
+@pytest.mark.slow
+def test_broken_documents_are_recorded_as_errors(tiny_export, mirror, tmp_path) -> None:
+    request = _request(tiny_export, tmp_path, probe=None, max_error_share=0.1, tasks=TASKS[1:])
     request = request.model_copy(update={"runs": request.runs[:1]})
-    with pytest.raises(EvaluationError, match=r"2 of 24 documents failed, more than 1.0% \(document 5: "):
-        run_in_subprocess(request, broken, tmp_path / "cache")
+    run_in_subprocess(request, _broken_mirror(mirror, tmp_path), tmp_path / "cache")
     evaluation = tmp_path / "pre-s0" / "eval"
-    assert sorted(p.name for p in evaluation.iterdir()) == ["gqa.json", "gqa.samples.jsonl"]
-
-    run_in_subprocess(request.model_copy(update={"max_error_share": 0.1}), broken, tmp_path / "cache")
     record = read_record(evaluation / "prebench_easy_vqa.json", TaskRecord)
     samples = [SampleRecord(**s) for s in read_jsonl(evaluation / "prebench_easy_vqa.samples.jsonl")]
     assert record.n == 24 and record.n_errors == 2
     assert [s.doc_id for s in samples if s.error] == [5, 17]
     assert all((s.score is None) == (s.error is not None) == (s.response is None) for s in samples)
     assert record.score == pytest.approx(record.metrics["exact_match"])
+
+
+@pytest.mark.slow
+def test_too_many_failures_fail_the_task_alone(evaluated, tiny_export, mirror, tmp_path) -> None:
+    """gqa, which is intact, is written all the same. The cache knows the intact mirror and must not answer with it."""
+    request = _request(tiny_export, tmp_path, probe=None, tasks=TASKS[::-1])
+    request = request.model_copy(update={"runs": request.runs[:1]})
+    with pytest.raises(EvaluationError, match=r"2 of 24 documents failed, more than 1.0% \(document 5: "):
+        run_in_subprocess(request, _broken_mirror(mirror, tmp_path), evaluated / "cache")
+    assert sorted(p.name for p in (tmp_path / "pre-s0" / "eval").iterdir()) == ["gqa.json", "gqa.samples.jsonl"]
 
 
 @pytest.mark.slow
@@ -175,7 +184,7 @@ def test_a_dead_subprocess_is_one_clear_line(tiny_export, mirror, tmp_path, monk
 
 
 def _lmms_eval(mirror: Path, output: Path, model: str, arguments: str, task: str) -> dict:
-    """Run the lmms-eval command and return {"score": its exact_match, "texts": its answers by document}."""
+    """Run the lmms-eval command and return its exact_match and its answers by document (stripped, as it logs them)."""
     command = [sys.executable, "-P", "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", task]
     command += ["--include_path", str(data_dir("tasks")), "--output_path", str(output), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "cache")}
@@ -191,7 +200,7 @@ def _lmms_eval(mirror: Path, output: Path, model: str, arguments: str, task: str
     results = json.loads(next(output.rglob("*_results.json")).read_text(encoding="utf-8"))["results"][task]
     lines = next(output.rglob(f"*_samples_{task}.jsonl")).read_text(encoding="utf-8").splitlines()
     answers = {sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, lines)}
-    texts = {doc_id: answer if isinstance(answer, str) else answer[0] for doc_id, answer in answers.items()}
+    texts = {doc_id: (a if isinstance(a, str) else a[0]).strip() for doc_id, a in answers.items()}
     score = next((value for key, value in results.items() if key.startswith("exact_match,")), None)
     return {"score": score, "texts": texts, "results": results}
 
@@ -202,7 +211,7 @@ def test_the_lmms_eval_command_gives_the_same_answers(evaluated, tiny_export, mi
     record = read_record(evaluated / "pre-s0" / "eval" / "prebench_easy_vqa.json", TaskRecord)
     assert found["score"] == pytest.approx(record.score, abs=1e-12)
     samples = _samples(evaluated, "prebench_easy_vqa")
-    assert found["texts"] == {sample["doc_id"]: sample["response"] for sample in samples}
+    assert found["texts"] == {sample["doc_id"]: sample["response"].strip() for sample in samples}
 
 
 @pytest.mark.slow
@@ -217,6 +226,6 @@ def test_the_probe_task_runs_under_the_lmms_eval_command(tiny_export, mirror, tm
 def test_upstreams_llava_hf_gives_the_same_answers(evaluated, tiny_export, mirror, tmp_path) -> None:
     arguments = f"pretrained={tiny_export},device_map=cpu,device=cpu,dtype=float32"
     found = _lmms_eval(mirror, tmp_path, "llava_hf", arguments, "gqa")["texts"]
-    ours = {sample["doc_id"]: sample["response"] for sample in _samples(evaluated, "gqa")}
+    ours = {sample["doc_id"]: sample["response"].strip() for sample in _samples(evaluated, "gqa")}
     equal = [found[doc_id] == text for doc_id, text in ours.items() if "\n\n" not in found[doc_id]]
     assert len(equal) > 20 and sum(equal) >= 0.99 * len(equal)
