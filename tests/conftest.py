@@ -14,9 +14,7 @@ from prebench.model.tokenizer import train_tokenizer
 from prebench.store import write_json
 
 # Deterministic, and no time limits on a shared machine.
-settings.register_profile(
-    "prebench", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("prebench", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("prebench")
 
 WORDS = ["is there a red circle?", "what color is the circle?", "yes no red blue circle square", "describe the image."]
@@ -44,6 +42,13 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Pat
     folder = tmp_path_factory.mktemp("export") / "model"
     build_model(TINY, tiny_tokenizer, seed=0).save_pretrained(folder)
     build_processor(TINY.vision_tower, tiny_tokenizer).save_pretrained(folder)
-    manifest = {"variant": "pre", "seed": 0, "num_layers": 4, "regularizer_layer": 2, "config_hash": "c", "weights_hash": "w"}
+    manifest = {
+        "variant": "pre",
+        "seed": 0,
+        "num_layers": 4,
+        "regularizer_layer": 2,
+        "config_hash": "c",
+        "weights_hash": "w",
+    }
     write_json(folder / "prebench.json", manifest)
     return folder

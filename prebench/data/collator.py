@@ -54,8 +54,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return Batch(**moved)
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.image_ids,
+            None if self.pixel_values is None else self.pixel_values.to(device),
+            None if self.vision_features is None else self.vision_features.to(device),
+        )
 
 
 def encode_example(

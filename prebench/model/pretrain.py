@@ -23,6 +23,7 @@ from prebench.config import VisionTowerConfig
 from prebench.data import scenes
 from prebench.data.easy_vqa import load as load_easy_vqa
 from prebench.data.examples import corpus
+from prebench.data.questions import LETTER_SUFFIX, SHORT_SUFFIX
 from prebench.model.builder import PRETRAINED, build_processor, vision_config
 from prebench.model.tokenizer import train_tokenizer
 from prebench.runtime import derive_seed, file_hash, prepare_cpu, seed_everything, versions
@@ -80,7 +81,7 @@ def pretrain(folder: Path, config: PretrainConfig, progress: Callable[[int, int,
     prepare_cpu()
     seed_everything(derive_seed("pretrain", config.seed))
     tower_config = VisionTowerConfig(pretrained=None)
-    tokenizer = train_tokenizer(corpus(), config.vocab_size)
+    tokenizer = train_tokenizer(corpus(), config.vocab_size, (SHORT_SUFFIX, LETTER_SUFFIX))
     tokenizer.save_pretrained(folder / "tokenizer")
     processor = build_processor(tower_config, tokenizer)
     tower = SiglipVisionModel(vision_config(tower_config))

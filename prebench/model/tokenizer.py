@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 IMAGE_TOKEN = "<image>"  # noqa: S105  (a token of text, not of access)
 PAD_TOKEN = "<pad>"  # noqa: S105
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 640, phrases: Sequence[str] = ()) -> Any:
     """Train the tokenizer and return it as a transformers fast tokenizer.
 
     Byte-level, so that any text of any script has an encoding and decodes to itself.
@@ -37,6 +37,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Any:
     Args:
         texts: representative texts; a word seen often enough becomes one token.
         vocab_size: 256 bytes + special tokens + merges.
+        phrases: fixed prompts that become one token each, so that they neither lengthen every sequence nor stand as a
+            dozen tokens between a question's key word and its answer (docs/experiments.md).
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,

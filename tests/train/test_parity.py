@@ -7,13 +7,20 @@ import math
 import pytest
 import torch
 
-from prebench.config import RegularizerConfig, diff, load_preset, load_suite, load_variant
-from prebench.config import StudyConfig
+from prebench.config import (
+    RegularizerConfig,
+    StageConfig,
+    StudyConfig,
+    TrainConfig,
+    diff,
+    load_preset,
+    load_suite,
+    load_variant,
+)
+from prebench.data.collator import ExampleOrder
 from prebench.model.builder import build_model
 from prebench.train.loop import _MicroBatches, build_accelerator, build_regularizer
 from prebench.train.objective import Objective
-from prebench.data.collator import ExampleOrder
-from prebench.config import StageConfig, TrainConfig
 from tests.conftest import TINY
 from tests.train.conftest import RECIPE
 
