@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +18,7 @@ from prebench.evaluation.runner import run_in_subprocess
 from prebench.records import SampleRecord, TaskRecord
 from prebench.runtime import data_dir
 from prebench.store import read_jsonl, read_record
+from tests.evaluation.command import run_lmms_eval
 from tests.evaluation.mirror import NUM_IMAGES, QUESTIONS, write_mirror
 
 TASKS = tuple(
@@ -183,31 +181,9 @@ def test_a_dead_subprocess_is_one_clear_line(tiny_export, mirror, tmp_path, monk
         run_in_subprocess(_request(tiny_export, tmp_path), mirror, tmp_path / "cache")
 
 
-def _lmms_eval(mirror: Path, output: Path, model: str, arguments: str, task: str) -> dict:
-    """Run the lmms-eval command and return its exact_match and its answers by document (stripped, as it logs them)."""
-    command = [sys.executable, "-P", "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", task]
-    command += ["--include_path", str(data_dir("tasks")), "--output_path", str(output), "--log_samples"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "cache")}
-    done = subprocess.run(
-        [*command, "--batch_size", "1"],
-        cwd=mirror,
-        env=os.environ | offline,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(next(output.rglob("*_results.json")).read_text(encoding="utf-8"))["results"][task]
-    lines = next(output.rglob(f"*_samples_{task}.jsonl")).read_text(encoding="utf-8").splitlines()
-    answers = {sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, lines)}
-    texts = {doc_id: (a if isinstance(a, str) else a[0]).strip() for doc_id, a in answers.items()}
-    score = next((value for key, value in results.items() if key.startswith("exact_match,")), None)
-    return {"score": score, "texts": texts, "results": results}
-
-
 @pytest.mark.slow
 def test_the_lmms_eval_command_gives_the_same_answers(evaluated, tiny_export, mirror, tmp_path) -> None:
-    found = _lmms_eval(mirror, tmp_path, "prebench_pre", f"pretrained={tiny_export},device=cpu", "prebench_easy_vqa")
+    found = run_lmms_eval(mirror, tmp_path, "prebench_pre", f"pretrained={tiny_export},device=cpu", "prebench_easy_vqa")
     record = read_record(evaluated / "pre-s0" / "eval" / "prebench_easy_vqa.json", TaskRecord)
     assert found["score"] == pytest.approx(record.score, abs=1e-12)
     samples = _samples(evaluated, "prebench_easy_vqa")
@@ -216,7 +192,7 @@ def test_the_lmms_eval_command_gives_the_same_answers(evaluated, tiny_export, mi
 
 @pytest.mark.slow
 def test_the_probe_task_runs_under_the_lmms_eval_command(tiny_export, mirror, tmp_path) -> None:
-    found = _lmms_eval(mirror, tmp_path, "prebench", f"pretrained={tiny_export},device=cpu", "prebench_visual_probe")
+    found = run_lmms_eval(mirror, tmp_path, "prebench", f"pretrained={tiny_export},device=cpu", "prebench_visual_probe")
     results = {key.split(",")[0]: value for key, value in found["results"].items()}
     assert results["encoder_accuracy"] == 1.0
     assert results["degradation"] == pytest.approx(results["encoder_accuracy"] - results["mid_depth_accuracy"])
@@ -225,7 +201,7 @@ def test_the_probe_task_runs_under_the_lmms_eval_command(tiny_export, mirror, tm
 @pytest.mark.slow
 def test_upstreams_llava_hf_gives_the_same_answers(evaluated, tiny_export, mirror, tmp_path) -> None:
     arguments = f"pretrained={tiny_export},device_map=cpu,device=cpu,dtype=float32"
-    found = _lmms_eval(mirror, tmp_path, "llava_hf", arguments, "gqa")["texts"]
+    found = run_lmms_eval(mirror, tmp_path, "llava_hf", arguments, "gqa")["texts"]
     ours = {sample["doc_id"]: sample["response"].strip() for sample in _samples(evaluated, "gqa")}
     equal = [found[doc_id] == text for doc_id, text in ours.items() if "\n\n" not in found[doc_id]]
     assert len(equal) > 20 and sum(equal) >= 0.99 * len(equal)
