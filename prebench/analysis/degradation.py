@@ -1,4 +1,4 @@
-"""Visual representation degradation as one number per run (design.md, 9; the diagnosis of arXiv 2603.20808).
+"""Visual representation degradation as one number per run (docs/statistics.md; the diagnosis of arXiv 2603.20808).
 
 Let a(l) be the test accuracy of a linear probe on the pooled visual tokens of layer l for the suite's
 reference attribute, and L the number of decoder layers.

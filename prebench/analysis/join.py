@@ -1,6 +1,6 @@
 """Read a study folder and join its records: tidy scores, and documents paired between two variants.
 
-Only records are read (design.md, 4); a run that has not been evaluated yet is simply absent.
+Only records are read; a run that has not been evaluated yet is simply absent.
 """
 
 from __future__ import annotations

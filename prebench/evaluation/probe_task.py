@@ -2,7 +2,7 @@
 
 The model answers each image with the place of its features (adapter); the aggregation, which sees the answers of all
 processes, loads them, fits the linear probes, writes one row per layer to `probe_layers.json` beside the features, and
-returns three numbers on the reference attribute (design.md, 9):
+returns three numbers on the reference attribute (docs/statistics.md):
 
     encoder_accuracy     R = a(-1), on the frozen vision encoder's output
     mid_depth_accuracy   mean of a(l) over l = ceil(L/4) .. floor(3L/4)
