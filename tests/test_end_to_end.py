@@ -13,7 +13,7 @@ import pytest
 
 from prebench.records import TaskRecord
 from prebench.store import read_json, read_jsonl, read_record
-from tests.evaluation.command import run_lmms_eval
+from tests.evaluation.command import lmms_eval_command, run_lmms_eval
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_the_run_prints_tables_and_paths(results, study):
     printed = (results / "printed.txt").read_text()
     for part in ("majority", "blind", "baseline", "pre", "easy-VQA", "GQA on scenes", "degradation", "scores.csv"):
         assert part in printed
-    assert "With one seed per variant nothing can be concluded" in printed
+    assert "With one seed per variant nothing can be concluded" in " ".join(printed.split())
     listed = [line.strip() for line in printed.partition("written:")[2].splitlines() if line.strip()]
     assert len(listed) >= 8
     assert all(Path(path).is_file() for path in listed)
@@ -118,9 +118,11 @@ def test_the_lmms_eval_command_equals_prebench_evaluate(study, tmp_path):
 
 
 def test_an_export_of_another_variant_is_refused(study, tmp_path):
-    with pytest.raises(AssertionError, match="prebench_baseline"):
-        arguments = f"pretrained={study / 'runs' / 'pre-s0' / 'model'}"
-        run_lmms_eval(study / "mirror", tmp_path, "prebench_baseline", arguments, "gqa", "--limit", "1")
+    arguments = f"pretrained={study / 'runs' / 'pre-s0' / 'model'}"
+    # lmms-eval logs a model's error and exits with 0: what counts is that it has no results and names the reason.
+    done = lmms_eval_command(study / "mirror", tmp_path, "prebench_baseline", arguments, "gqa", "--limit", "1")
+    assert not list(tmp_path.rglob("*_results.json"))
+    assert "prebench_baseline" in done.stderr and "'pre'" in done.stderr
 
 
 @pytest.mark.parametrize("form", ["text", "csv", "latex", "json"])
@@ -129,7 +131,7 @@ def test_compare_in_every_format(results, form, tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out").read_text()
     assert "gqa" in text.lower()
-    marks = {"text": "95% interval", "csv": "interval_low", "latex": r"\toprule", "json": '"tasks"'}
+    marks = {"text": "95% interval", "csv": "difference,low,high", "latex": r"\toprule", "json": '"tasks"'}
     assert marks[form] in text
 
 

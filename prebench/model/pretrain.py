@@ -38,7 +38,7 @@ class PretrainConfig:
     """The recipe of the shipped tower."""
 
     seed: int = 0
-    steps: int = 1500
+    steps: int = 1200
     batch_size: int = 64
     easy_vqa_share: float = 0.25
     learning_rate: float = 1e-3

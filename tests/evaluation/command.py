@@ -11,12 +11,14 @@ from pathlib import Path
 from prebench.runtime import data_dir
 
 
-def run_lmms_eval(mirror: Path, output: Path, model: str, arguments: str, task: str, *more: str) -> dict:
-    """Run the lmms-eval command and return its exact_match and its answers by document (stripped, as it logs them)."""
+def lmms_eval_command(
+    mirror: Path, output: Path, model: str, arguments: str, task: str, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the lmms-eval command offline in a mirror; results and samples go to `output`."""
     command = [sys.executable, "-P", "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", task]
     command += ["--include_path", str(data_dir("tasks")), "--output_path", str(output), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "cache")}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "--batch_size", "1", *more],
         cwd=mirror,
         env=os.environ | offline,
@@ -24,6 +26,11 @@ def run_lmms_eval(mirror: Path, output: Path, model: str, arguments: str, task: 
         text=True,
         check=False,
     )
+
+
+def run_lmms_eval(mirror: Path, output: Path, model: str, arguments: str, task: str, *more: str) -> dict:
+    """Run the lmms-eval command and return its exact_match and its answers by document (stripped, as it logs them)."""
+    done = lmms_eval_command(mirror, output, model, arguments, task, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(next(output.rglob("*_results.json")).read_text(encoding="utf-8"))["results"][task]
     lines = next(output.rglob(f"*_samples_{task}.jsonl")).read_text(encoding="utf-8").splitlines()
