@@ -69,6 +69,8 @@ def export(
         write_json(temporary / MANIFEST, complete)
         card = CARD.format(**complete, folder=folder.name, version=complete["versions"]["prebench"])
         write_text(temporary / "README.md", card)
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)
