@@ -13,7 +13,7 @@ from prebench import __version__
 from prebench.errors import ConfigError, PrebenchError
 
 if TYPE_CHECKING:
-    from prebench.config import StudyConfig
+    from prebench.schema import StudyConfig
 
 DEFAULT_RESULTS = "results"
 
@@ -48,7 +48,7 @@ def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     parts = _split(ctx, param, value)
     if parts is None:
         return None
-    if not parts or not all(part.isdigit() for part in parts):
+    if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r}: write whole numbers separated by commas, such as 0,1,2")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -129,20 +129,22 @@ def _study_config(
     name: str | None,
     overrides: Sequence[str],
 ) -> StudyConfig:
-    from prebench.config import StudyConfig, load_preset, load_suite, load_variant
+    from prebench.config import load_preset, load_suite, load_variant, validate
+    from prebench.schema import StudyConfig
 
     chosen_suite = load_suite(suite)
     chosen_preset = load_preset(preset or chosen_suite.defaults.preset, overrides)
     study_name = name or f"{chosen_suite.name}-{chosen_preset.name}"
     if not study_name or "/" in study_name or study_name.startswith("."):
         raise ConfigError(f"--name {study_name!r}: a plain folder name is expected")
-    return StudyConfig(
-        name=study_name,
-        preset=chosen_preset,
-        suite=chosen_suite,
-        variants=tuple(load_variant(v) for v in dict.fromkeys(variants or chosen_suite.defaults.variants)),
-        seeds=tuple(seeds or chosen_suite.defaults.seeds),
-    )
+    values = {
+        "name": study_name,
+        "preset": chosen_preset,
+        "suite": chosen_suite,
+        "variants": tuple(load_variant(v) for v in dict.fromkeys(variants or chosen_suite.defaults.variants)),
+        "seeds": tuple(seeds or chosen_suite.defaults.seeds),
+    }
+    return validate(StudyConfig, values, f"study {study_name}")
 
 
 def _echo_plan(folder: Path, config: StudyConfig) -> None:

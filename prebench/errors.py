@@ -31,7 +31,7 @@ class ModelError(PrebenchError):
 
 
 class TrainingError(PrebenchError):
-    """Training can't go on: a non-finite loss, an empty data set, a damaged checkpoint."""
+    """Training can't go on: a non-finite loss, an impossible batch size."""
 
 
 class EvaluationError(PrebenchError):

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import LlavaForConditionalGeneration
 
 from prebench.errors import StoreError
@@ -18,6 +19,7 @@ from prebench.runtime import file_hash, git_commit, versions
 from prebench.store import read_json, write_json, write_text
 
 MANIFEST = "prebench.json"
+REQUIRED = ("variant", "seed", "config_hash", "weights_hash", "parts_hash", "dtype")
 
 CARD = """---
 library_name: transformers
@@ -49,7 +51,7 @@ def export(
         model: the trained model, without regularizer.
         processor: its processor with the chat template.
         folder: target; replaced if it exists.
-        manifest: variant, seed, config_hash, num_layers, regularizer_layer, lm_loss, pre_loss.
+        manifest: variant, seed, config_hash, parts_hash, dtype, num_layers, regularizer_layer, lm_loss, pre_loss.
 
     Raises:
         StoreError: the folder can't be written.
@@ -74,10 +76,11 @@ def export(
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)
-    except OSError as error:
-        if temporary is not None:
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{folder}: the model can't be written ({error})") from error
+    finally:
+        if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise StoreError(f"{folder}: the model can't be written ({error.strerror or error})") from error
     return complete
 
 
@@ -88,6 +91,14 @@ def weights_hash(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read an export's `prebench.json`."""
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+    """Read an export's `prebench.json`.
+
+    Raises:
+        StoreError: it is missing, no JSON object, or lacks a key.
+    """
+    manifest = read_json(folder / MANIFEST)
+    missing = [key for key in REQUIRED if not isinstance(manifest, dict) or key not in manifest]
+    if missing:
+        raise StoreError(f"{folder / MANIFEST}: the key {missing[0]!r} is missing; delete {folder} to train it again")
+    found: dict[str, Any] = manifest
+    return found

@@ -7,17 +7,18 @@ study and does nothing on a finished one.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prebench.config import StudyConfig
-from prebench.errors import StoreError
+from prebench.errors import StoreError, TrainingError
 from prebench.progress import ProgressLine, say
 from prebench.records import content_hash
-from prebench.study import Run, locked, open_study, runs
+from prebench.schema import StudyConfig
+from prebench.study import Run, locked, open_study, plan_study, runs
 
 CACHE = "cache"
 MIRROR = "mirror"
@@ -32,11 +33,13 @@ class Plan:
     done: tuple[str, ...]
     """Runs whose exported model is complete."""
     tasks: tuple[str, ...]
-    seconds_per_run: float | None = None
 
 
 def plan(folder: Path, config: StudyConfig) -> Plan:
     """Return which runs are missing; writes nothing."""
+    from prebench.data.mirror import check_suite
+
+    check_suite(config.suite)
     todo = [run for run in runs(folder, config) if not is_trained(run, config)]
     names = {run.name for run in todo}
     done = tuple(run.name for run in runs(folder, config) if run.name not in names)
@@ -49,9 +52,11 @@ def run_study(folder: Path, requested: StudyConfig) -> list[Path]:
     Raises:
         PrebenchError: bad input, a study made with another configuration, a failed stage; nothing computed is lost.
     """
+    from prebench.data.mirror import check_suite
+
+    check_suite(plan_study(folder, requested).suite)
     with locked(folder):
         config = open_study(folder, requested)
-        write_manifest(folder)
         train_all(folder, config)
         evaluate_all(folder, config, config.suite.task_names)
         return write_report(folder)
@@ -59,6 +64,9 @@ def run_study(folder: Path, requested: StudyConfig) -> list[Path]:
 
 def train_all(folder: Path, config: StudyConfig) -> None:
     """Train and export the runs that are missing; the frozen tower's features are computed once for all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError("several processes per study are not supported; start prebench without a launcher")
+    write_manifest(folder)
     todo = [run for run in runs(folder, config) if not is_trained(run, config)]
     if not todo:
         say("train: every run is trained already")
@@ -82,7 +90,8 @@ def is_trained(run: Run, config: StudyConfig) -> bool:
     """Tell whether the run's export is complete and intact.
 
     Raises:
-        StoreError: the export was made with another configuration, or its weights changed since.
+        StoreError: the export was made with another configuration, from other pretrained parts, in another precision,
+            or its weights changed since.
     """
     from prebench.export import MANIFEST, read_manifest, weights_hash
 
@@ -92,12 +101,32 @@ def is_trained(run: Run, config: StudyConfig) -> bool:
     expected = content_hash(config.run_config(run.variant, run.seed))
     if manifest["config_hash"] != expected:
         raise StoreError(f"{run.model_dir}: trained with another configuration; delete {run.folder} to train it again")
+    for name, value in _origin(config).items():
+        if manifest[name] != value:
+            raise StoreError(
+                f"{run.model_dir}: trained with {name} {manifest[name]}, but here it is {value}; a comparison would be "
+                f"unfair. Take another --name, or delete {run.folder} to train it again"
+            )
     if weights_hash(run.model_dir) != manifest["weights_hash"]:
         raise StoreError(
             f"{run.model_dir}: the weights differ from their manifest (damaged or edited); delete {run.folder} to "
             "train this run again"
         )
     return True
+
+
+def _origin(config: StudyConfig) -> dict[str, str]:
+    """Return what decides a run's weights besides its configuration: pretrained parts and numeric precision."""
+    from prebench.model.builder import parts_hash
+
+    return {"parts_hash": parts_hash(config.preset.model.vision_tower), "dtype": _dtype(config)}
+
+
+def _dtype(config: StudyConfig) -> str:
+    from prebench.runtime import choose_device, choose_dtype
+
+    recipe = config.preset.train
+    return str(choose_dtype(recipe.dtype, choose_device(recipe.device))).removeprefix("torch.")
 
 
 def evaluate_all(folder: Path, config: StudyConfig, tasks: Sequence[str]) -> None:
@@ -109,9 +138,20 @@ def evaluate_all(folder: Path, config: StudyConfig, tasks: Sequence[str]) -> Non
     if config.suite.probe is not None and config.suite.probe.task not in tasks:
         chosen = chosen.model_copy(update={"probe": None})
     mirror = folder / MIRROR
-    manifest = build_mirror(mirror, config.suite)
     trained = [run for run in runs(folder, config) if is_trained(run, config)]
-    evaluate_study(trained, chosen, mirror, manifest, folder / CACHE)
+    if not trained:
+        raise StoreError(f"{folder}: no run is trained yet; `prebench train --study {folder.name}` does that")
+    write_manifest(folder)
+    manifest = build_mirror(mirror, config.suite)
+    evaluate_study(
+        trained,
+        chosen,
+        mirror,
+        manifest,
+        folder / CACHE,
+        device=config.preset.train.device,
+        dtype=_dtype(config),
+    )
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -169,8 +209,7 @@ def _train_run(run: Run, config: StudyConfig, inputs: Any) -> None:
 
         def log(entry: dict[str, Any]) -> None:
             last.update(entry)
-            log_file.write(json.dumps(entry, sort_keys=True) + "\n")
-            log_file.flush()
+            _write_line(log_file, log_path, entry)
             done = entry["step"] + 1 + (recipe.align.steps if entry["stage"] == "instruct" else 0)
             pre = "" if entry["pre_loss"] is None else f", pre_loss {entry['pre_loss']:.3f}"
             line.update(done, f"{entry['stage']}: lm_loss {entry['lm_loss']:.3f}{pre}")
@@ -180,6 +219,8 @@ def _train_run(run: Run, config: StudyConfig, inputs: Any) -> None:
         "variant": run.variant,
         "seed": run.seed,
         "config_hash": content_hash(config.run_config(run.variant, run.seed)),
+        **_origin(config),
+        "data_hash": inputs.data.fingerprint(),
         "num_layers": num_layers(model),
         "regularizer_layer": None if regularizer is None else regularizer.layer,
         "lm_loss": last.get("lm_loss"),
@@ -187,6 +228,14 @@ def _train_run(run: Run, config: StudyConfig, inputs: Any) -> None:
         "train_seconds": round(time.perf_counter() - started, 1),
     }
     export(model, inputs.processor, run.model_dir, manifest)
+
+
+def _write_line(file: Any, path: Path, entry: dict[str, Any]) -> None:
+    try:
+        file.write(json.dumps(entry, sort_keys=True) + "\n")
+        file.flush()
+    except OSError as error:
+        raise StoreError(f"{path}: can't be written ({error.strerror}); the runs finished so far are kept") from error
 
 
 def _open_log(path: Path) -> Any:

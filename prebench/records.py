@@ -29,6 +29,8 @@ def from_dict(record_type: type[RecordT], values: Mapping[str, Any]) -> RecordT:
     Raises:
         KeyError: a required field is missing.
     """
+    if not isinstance(values, Mapping):
+        raise KeyError(f"{record_type.__name__}: a JSON object is expected, not {values!r:.40}")
     fields = {f.name: f for f in dataclasses.fields(record_type)}  # type: ignore[arg-type]
     required = [
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -111,7 +113,7 @@ class ProbeRow:
     attribute: str
     """What is decoded ("background", "shape", ...), or "" for patch structure."""
     kind: str
-    """"asked", "unasked", "rare" or "" (design: which texts mention the attribute)."""
+    """"asked", "unasked", "rare" or "" (which texts mention the attribute)."""
     metric: str
     """"accuracy", "cohesion", "coupling", "contrast_ratio", "centred_difference", "auc"."""
     value: float

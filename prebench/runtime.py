@@ -135,11 +135,3 @@ def hardware() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
     }
-
-
-def configure_logging(verbose: bool = False) -> None:
-    """Send prebench's own log lines to stderr and quieten the libraries."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-    for name in ("transformers", "datasets", "accelerate", "urllib3", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -81,9 +81,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise StoreError(f"{path}:{number}: no JSON object ({error})") from error
-    except OSError as error:
-        raise StoreError(f"{path}: can't be read ({error.strerror})") from error
+                    raise StoreError(
+                        f"{path}:{number}: no JSON ({error}); delete the file to compute it again"
+                    ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: can't be read ({error}); delete it to compute it again") from error
 
 
 def read_record(path: Path, record_type: type[RecordT]) -> RecordT:

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prebench.config import StudyConfig, SuiteConfig, diff, dump_yaml, read_yaml, validate
+from prebench.config import diff, dump_yaml, read_yaml, validate
 from prebench.errors import StoreError, StudyMismatchError
+from prebench.schema import StudyConfig, SuiteConfig
 from prebench.store import write_text
 
 STUDY_FILE = "study.yaml"
@@ -38,11 +39,6 @@ class Run:
     def model_dir(self) -> Path:
         """Return the exported Hugging Face folder."""
         return self.folder / "model"
-
-
-def study_folder(results: Path, name: str) -> Path:
-    """Return where a study lies."""
-    return results / name
 
 
 def runs(folder: Path, config: StudyConfig) -> list[Run]:

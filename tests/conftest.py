@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from prebench.config import ModelConfig
 from prebench.model.builder import build_model, build_processor
 from prebench.model.tokenizer import train_tokenizer
+from prebench.schema import ModelConfig
 from prebench.store import write_json
 
 # Deterministic, and no time limits on a shared machine.
@@ -49,6 +49,8 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Pat
         "regularizer_layer": 2,
         "config_hash": "c",
         "weights_hash": "w",
+        "parts_hash": "p",
+        "dtype": "float32",
     }
     write_json(folder / "prebench.json", manifest)
     return folder

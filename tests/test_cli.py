@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from prebench.cli import main
-from prebench.config import StudyConfig, load_preset, load_suite, load_variant
+from prebench.config import load_preset, load_suite, load_variant
+from prebench.schema import StudyConfig
 from prebench.study import open_study
 
 COMMANDS = ("compare", "evaluate", "list", "pretrain", "probe", "report", "run", "train")
@@ -83,11 +84,41 @@ def test_dry_run_writes_nothing(tmp_path):
         (["--suite", "smoke", "--set", "train.log_evry=1"], ["unknown key 'train.log_evry'", "'log_every'"]),
         (["--suite", "smoke", "--name", "../x"], ["--name '../x'", "plain folder name"]),
         (["--suite", "smoke", "--seeds", "a"], ["whole numbers"]),
+        (["--suite", "smoke", "--seeds", "²"], ["whole numbers"]),
     ],
 )
 def test_bad_requests(tmp_path, arguments, parts):
     assert_refused(invoke("run", "--results", tmp_path / "results", *arguments), *parts)
     assert not (tmp_path / "results").exists()
+
+
+def test_a_suite_without_embedded_data_is_refused_before_anything_is_written(tmp_path):
+    text = """
+defaults: {preset: smoke}
+tasks:
+  - {task: mmvp, label: MMVP, data_source: generated, primary_metric: accuracy, num_images: 5}
+"""
+    (tmp_path / "mine.yaml").write_text(text)
+    for more in ([], ["--dry-run"]):
+        result = invoke("run", "--suite", tmp_path / "mine.yaml", "--results", tmp_path / "results", *more)
+        assert_refused(result, "task 'mmvp' has no embedded data")
+        assert not (tmp_path / "results").exists()
+
+
+def test_a_variant_of_an_impossible_layer_is_refused(tmp_path):
+    (tmp_path / "deep.yaml").write_text("extends: baseline\nregularizer: {layer: 99}\n")
+    result = invoke("run", "--suite", "smoke", "--variants", tmp_path / "deep.yaml", "--results", tmp_path / "results")
+    assert_refused(result, "variant deep: regularizer.layer 99")
+
+
+def test_evaluating_before_training_is_refused(study):
+    assert_refused(invoke("evaluate", "--results", study), "no run is trained yet")
+    assert_refused(invoke("probe", "--results", study), "no run is trained yet")
+
+
+def test_several_processes_are_refused(study, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(invoke("train", "--results", study), "several processes")
 
 
 def test_malformed_yaml(tmp_path):

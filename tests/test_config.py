@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from prebench.config import (
     KINDS,
-    PresetConfig,
-    StudyConfig,
     diff,
     dump_yaml,
     list_configs,
@@ -21,6 +19,7 @@ from prebench.config import (
 )
 from prebench.errors import ConfigError
 from prebench.runtime import data_dir
+from prebench.schema import PresetConfig, StudyConfig
 
 LOADERS = {"presets": load_preset, "suites": load_suite, "variants": load_variant}
 
@@ -54,6 +53,12 @@ def test_overrides_apply_and_are_checked():
         ("train.instruct.steps=-1", "greater than or equal to 0"),
         ("name.x=1", "'name' is a value, not a section"),
         ("train.log_every=[1", "the value is no YAML"),
+        ("data.scenes.min_objects=6", "min_objects 6 is larger than max_objects 5"),
+        ("data.easy_vqa.num_images=4000", "less than or equal to 3600"),
+        ("model.language_model.hidden_size=97", "hidden_size 97 is no multiple of 2 * num_attention_heads (8)"),
+        ("model.vision_tower.patch_size=7", "image_size 64 is no multiple of patch_size (7)"),
+        ("train.align.trainable=[]", "at least 1 item"),
+        ("name=../x", "String should match pattern"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -85,6 +90,25 @@ def test_malformed_yaml_names_the_file(tmp_path, text, message):
         load_variant(str(path))
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_study_names_everything_once():
+    values = {
+        "name": "s",
+        "preset": load_preset("smoke"),
+        "suite": load_suite("smoke"),
+        "variants": (load_variant("pre"), load_variant("pre")),
+        "seeds": (0,),
+    }
+    with pytest.raises(ConfigError, match="variant 'pre' is named twice"):
+        validate(StudyConfig, values, "study s")
+    deep = load_variant("pre")
+    deep = deep.model_copy(update={"regularizer": deep.regularizer.model_copy(update={"layer": 99})})
+    with pytest.raises(ConfigError, match=r"variant pre: regularizer.layer 99 lies outside 1\.\.6"):
+        validate(StudyConfig, values | {"variants": (deep,)}, "study s")
+    suite = load_suite("smoke").model_dump()
+    with pytest.raises(ConfigError, match="task 'gqa' is named twice"):
+        validate(type(load_suite("smoke")), suite | {"tasks": [*suite["tasks"], suite["tasks"][0]]}, "suite")
 
 
 def test_extends_is_one_level(tmp_path):

@@ -39,7 +39,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(StoreError, match="not found"):
         read_json(tmp_path / "none.json")
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"\n')
-    with pytest.raises(StoreError, match=r"bad\.jsonl:2: no JSON object"):
+    with pytest.raises(StoreError, match=r"bad\.jsonl:2: no JSON"):
         list(read_jsonl(tmp_path / "bad.jsonl"))
 
 
@@ -52,6 +52,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_json(tmp_path / "file", object())
     assert (tmp_path / "file").read_text() == "x"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_other_content_than_records_is_named(tmp_path):
+    (tmp_path / "t.json").write_text("5")
+    with pytest.raises(StoreError, match="a JSON object is expected"):
+        read_record(tmp_path / "t.json", TaskRecord)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(StoreError, match=r"latin\.jsonl: can't be read"):
+        list(read_jsonl(tmp_path / "latin.jsonl"))
 
 
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=5))

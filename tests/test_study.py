@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from prebench.config import StudyConfig, load_preset, load_suite, load_variant
+from prebench.config import load_preset, load_suite, load_variant
 from prebench.errors import StoreError, StudyMismatchError
+from prebench.schema import StudyConfig
 from prebench.study import locked, open_study, read_study, runs
 
 

@@ -15,9 +15,9 @@ import pandas as pd
 from prebench.analysis import degradation, statistics
 from prebench.analysis.join import Study, paired_samples
 from prebench.analysis.render import render
-from prebench.config import TaskConfig
 from prebench.errors import ComparisonError
 from prebench.runtime import derive_seed
+from prebench.schema import TaskConfig
 
 __all__ = ["Comparison", "DegradationComparison", "TaskComparison", "compare", "render"]
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prebench.config import StudyConfig, TaskConfig, read_yaml, validate
+from prebench.config import read_yaml, validate
 from prebench.errors import ComparisonError, StoreError, did_you_mean
 from prebench.records import ProbeRow, SampleRecord, TaskRecord, from_dict
+from prebench.schema import StudyConfig, TaskConfig
 from prebench.store import read_json, read_jsonl, read_record
 
 SCORE_COLUMNS = (

@@ -1,7 +1,7 @@
 """Examples to tensors: chat template, label mask, padding, and the order in which a run sees its data.
 
 The batch at a position is a pure function of (seed, stage, position): two variants with one seed see the same bytes in
-the same order, and a resumed run goes on where it stopped.
+the same order.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prebench.config import StageConfig
 from prebench.data.examples import Example, TrainingData
 from prebench.errors import DataError
 from prebench.runtime import derive_seed
+from prebench.schema import StageConfig
 
 IGNORE_INDEX = -100
 
@@ -123,8 +123,8 @@ class ExampleOrder:
         self._epochs: dict[int, np.ndarray] = {}
         captioned = [i for i in data.image_ids if data.caption(i) is not None] if stage.caption_share > 0 else []
         self._captioned = captioned
-        if stage.caption_share == 1 and not captioned:
-            raise DataError(f"train.{stage_name}: caption_share is 1, but no source of this preset has captions")
+        if stage.caption_share > 0 and not captioned:
+            raise DataError(f"train.{stage_name}.caption_share: no source of this preset has captions; set it to 0")
 
     def __getitem__(self, position: int) -> Example:
         """Return the example at a position of the stage."""

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from prebench.config import DataConfig
 from prebench.data import easy_vqa
 from prebench.data.questions import (
     CAPTION_PROMPT,
@@ -23,6 +22,7 @@ from prebench.data.questions import (
 )
 from prebench.data.scenes import Scene, generate_scene, render
 from prebench.records import content_hash
+from prebench.schema import DataConfig
 
 SCENE_PREFIX = "scene-"
 EASY_VQA_PREFIX = "easy-vqa-"

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from prebench.config import SuiteConfig, TaskConfig
 from prebench.data import easy_vqa, upstream
 from prebench.data.questions import Question, ask
 from prebench.data.references import TextPrior
@@ -23,6 +22,7 @@ from prebench.data.scenes import generate_scene
 from prebench.errors import ConfigError, DataError, StoreError, did_you_mean
 from prebench.records import content_hash
 from prebench.runtime import file_hash
+from prebench.schema import SuiteConfig, TaskConfig
 from prebench.store import read_json, write_json
 
 MANIFEST = "mirror.json"
@@ -61,7 +61,7 @@ def build_mirror(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
         ConfigError: a task has no embedded data, asks for more pictures than there are, or claims another source.
         DataError: a file of the mirror is missing or damaged, easy-VQA is, or the folder can't be written.
     """
-    _check(suite)
+    check_suite(suite)
     request = request_hash(suite)
     if (folder / MANIFEST).exists():
         manifest = _read_manifest(folder)
@@ -115,7 +115,12 @@ def request_hash(suite: SuiteConfig) -> str:
     return content_hash([FORMAT, suite.mirror_seed, tasks, probe, version])
 
 
-def _check(suite: SuiteConfig) -> None:
+def check_suite(suite: SuiteConfig) -> None:
+    """Refuse a suite that the embedded mirror can't serve, before anything is computed.
+
+    Raises:
+        ConfigError: a task has no embedded data, asks for more pictures than there are, or claims another source.
+    """
     for task in suite.tasks:
         where = f"suite {suite.name}: task {task.task!r}"
         if task.task not in BUILDERS:

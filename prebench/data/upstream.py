@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from prebench.config import ProbeConfig, TaskConfig
 from prebench.data import easy_vqa
 from prebench.data.questions import (
     LETTERS,
@@ -29,6 +28,7 @@ from prebench.data.questions import (
 )
 from prebench.data.references import Document
 from prebench.data.scenes import COLORS, SHAPES, Scene, generate_scene, labels, render, scene_rng
+from prebench.schema import ProbeConfig, TaskConfig
 
 GQA_TYPES = {
     "existence": ("verify", "obj", "existAttr"),

@@ -231,7 +231,7 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> tup
         ModelError: the folder is missing, incomplete, of another architecture, or holds no safetensors.
     """
     if not (model_dir / "config.json").is_file():
-        raise ModelError(f"{model_dir}: no exported model here (config.json is missing); `prebench export` makes it")
+        raise ModelError(f"{model_dir}: no exported model here (config.json is missing); `prebench train` makes it")
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         if config.model_type not in SUPPORTED:

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from datasets.exceptions import DatasetsError
 from lmms_eval.api.instance import Instance
 from lmms_eval.tasks import TaskManager, get_task_dict
+from tenacity import RetryError
 
-from prebench.config import TaskConfig
 from prebench.errors import EvaluationError
 from prebench.evaluation import scores
 from prebench.evaluation.adapter import late_messages, probe_answers
@@ -28,6 +29,7 @@ from prebench.evaluation.prompts import DOCUMENT_ERRORS
 from prebench.evaluation.request import PROBE_FILE, PROBE_HASHES, EvaluationRequest, RunRequest, TaskSource
 from prebench.records import ProbeRow, SampleRecord, TaskRecord
 from prebench.runtime import versions
+from prebench.schema import TaskConfig
 from prebench.store import read_json, write_bytes, write_jsonl, write_record
 
 MODEL_NAME = "prebench"
@@ -51,7 +53,7 @@ class LoadedTask:
         manager = TaskManager("ERROR", str(source.yaml_path.parent), include_defaults=False, model_name=MODEL_NAME)
         try:
             self.task: Any = get_task_dict([source.task], manager, task_type="chat")[source.task]
-        except DOCUMENT_ERRORS as error:
+        except (*DOCUMENT_ERRORS, RetryError, DatasetsError) as error:
             raise EvaluationError(f"task {source.task!r}: can't be loaded: {one_line(_cause(error))}") from error
         if self.task.OUTPUT_TYPE != "generate_until":
             raise EvaluationError(f"task {self.name!r}: output type {self.task.OUTPUT_TYPE!r} is not supported")

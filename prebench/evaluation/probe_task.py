@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from prebench.config import AttributeConfig
 from prebench.errors import EvaluationError
 from prebench.probe.extract import ProbeFeatures
 from prebench.probe.summary import ENCODER, probe_rows
 from prebench.records import ProbeRow, to_dict
+from prebench.schema import AttributeConfig
 from prebench.store import write_json
 
 PROBE_DIR_VARIABLE = "PREBENCH_PROBE_DIR"

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from prebench.config import ProbeConfig, StrictModel, TaskConfig
 from prebench.errors import EvaluationError, ModelError, StoreError
 from prebench.records import TaskRecord, content_hash
 from prebench.runtime import data_dir, file_hash, versions
+from prebench.schema import ProbeConfig, StrictModel, TaskConfig
 from prebench.store import read_record
 
 PROBE_FILE = "probe.parquet"
@@ -74,7 +74,7 @@ class TaskSource:
         if not folder.is_dir():
             raise EvaluationError(
                 f"task {self.task!r}: no data set {self.dataset_path} in the mirror {mirror}; "
-                "`prebench mirror` fills it"
+                "`prebench evaluate` fills it"
             )
         return folder
 

@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from prebench.config import SuiteConfig, validate
+from prebench.config import validate
 from prebench.errors import EvaluationError, PrebenchError
 from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, find_task, plan
 from prebench.progress import ProgressLine, say
+from prebench.schema import SuiteConfig
 from prebench.store import read_json, write_json
 
 WORK_FILE = "evaluation.json"
@@ -30,7 +31,13 @@ USER_ERROR = 2
 
 
 def evaluate_study(
-    runs: Sequence[Any], suite: SuiteConfig, mirror: Path, manifest: Mapping[str, Any], cache: Path
+    runs: Sequence[Any],
+    suite: SuiteConfig,
+    mirror: Path,
+    manifest: Mapping[str, Any],
+    cache: Path,
+    device: str,
+    dtype: str,
 ) -> None:
     """Evaluate and probe runs on a suite; results that stand are kept.
 
@@ -40,6 +47,8 @@ def evaluate_study(
         mirror: folder with the data sets.
         manifest: the mirror's `mirror.json` (`references` per task).
         cache: folder for `datasets`' cache and the log.
+        device: "auto", "cpu" or "cuda".
+        dtype: "float32" or "bfloat16", never "auto": a result in one precision does not stand for the other.
 
     Raises:
         EvaluationError: a task is missing or failed; the results of the others are written.
@@ -53,6 +62,8 @@ def evaluate_study(
         probe=suite.probe,
         max_error_share=suite.max_error_share,
         references=references(manifest),
+        device=device,
+        dtype=dtype,
     )
     run_in_subprocess(request, mirror, cache)
 

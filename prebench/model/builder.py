@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -18,12 +20,38 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from prebench.config import ModelConfig, VisionTowerConfig
 from prebench.errors import ModelError
 from prebench.model.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN
-from prebench.runtime import derive_seed
+from prebench.records import content_hash
+from prebench.runtime import derive_seed, file_hash
+from prebench.schema import ModelConfig, VisionTowerConfig
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+def parts_hash(config: VisionTowerConfig) -> str:
+    """Return one content hash of the pretrained parts that a run starts from: tower and tokenizer.
+
+    Raises:
+        ModelError: the tower's folder is missing.
+    """
+    folders = [PRETRAINED / "tokenizer"]
+    if config.pretrained is not None:
+        folders.append(tower_folder(config))
+    files = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors")]
+    return content_hash([[path.name, file_hash(path)] for path in files])
+
+
+def tower_folder(config: VisionTowerConfig) -> Path:
+    """Return the folder of the pretrained tower.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = PRETRAINED / "vision_tower" if config.pretrained == "embedded" else Path(str(config.pretrained))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no vision tower here; `prebench pretrain` makes the embedded one")
+    return folder
 
 
 def build_tokenizer(folder: Path = PRETRAINED / "tokenizer") -> PreTrainedTokenizerFast:
@@ -121,11 +149,21 @@ def load_vision_tower(model: LlavaForConditionalGeneration, config: VisionTowerC
     Raises:
         ModelError: the folder is missing or its shapes differ from the config's.
     """
-    assert config.pretrained is not None
-    folder = PRETRAINED / "vision_tower" if config.pretrained == "embedded" else Path(config.pretrained)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no vision tower here; `prebench pretrain` makes the embedded one")
-    tower = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32)
+    folder = tower_folder(config)
+    expected = vision_config(config)
+    try:
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if found.model_type != expected.model_type:
+            raise ModelError(f"{folder}: a {found.model_type} tower; prebench builds {expected.model_type} towers")
+        for name in ("hidden_act", "layer_norm_eps", "num_attention_heads"):
+            if getattr(found, name) != getattr(expected, name):
+                raise ModelError(
+                    f"{folder}/config.json: {name} is {getattr(found, name)}, model.vision_tower has "
+                    f"{getattr(expected, name)}"
+                )
+        tower = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the vision tower can't be read ({str(error).splitlines()[0]})") from error
     try:
         model.model.vision_tower.load_state_dict(tower.state_dict(), strict=True)
     except RuntimeError as error:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SiglipVisionModel, get_cosine_schedule_with_warmup
 
-from prebench.config import VisionTowerConfig
 from prebench.data import scenes
 from prebench.data.easy_vqa import load as load_easy_vqa
+from prebench.data.easy_vqa import open_image
 from prebench.data.examples import corpus
 from prebench.data.questions import LETTER_SUFFIX, SHORT_SUFFIX
 from prebench.model.builder import PRETRAINED, build_processor, vision_config
 from prebench.model.tokenizer import train_tokenizer
 from prebench.runtime import derive_seed, file_hash, prepare_cpu, seed_everything, versions
+from prebench.schema import VisionTowerConfig
 from prebench.store import write_json
 
 EASY_SHAPES = ("circle", "rectangle", "triangle")
@@ -129,8 +130,6 @@ def _scene_batch(first: int, count: int, seed: int) -> _Labelled:
 
 
 def _easy_vqa_pictures(split: str) -> _Labelled:
-    from PIL import Image
-
     source = load_easy_vqa(split)
     patches = (scenes.IMAGE_SIZE // scenes.PATCH_SIZE) ** 2
     images, pooled = [], []
@@ -138,8 +137,7 @@ def _easy_vqa_pictures(split: str) -> _Labelled:
         answers = {answer for _, answer in source.questions[image_id]}
         shape = next((EASY_SHAPES.index(a) for a in answers if a in EASY_SHAPES), -100)
         color = next((EASY_COLORS.index(a) for a in answers if a in EASY_COLORS), -100)
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
+        images.append(open_image(path))
         pooled.append(torch.tensor([-100, shape, color]))
     return _Labelled(images, torch.full((len(images), patches, 3), -100), torch.stack(pooled))
 

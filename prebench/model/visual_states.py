@@ -8,6 +8,7 @@ the graph, also under activation checkpointing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,7 @@ def resolve_layer(layer: str | int, depth: int) -> int:
     Raises:
         ModelError: the index lies outside the model.
     """
-    index = max(1, round(NAMED_LAYERS[layer] * depth)) if isinstance(layer, str) else layer
+    index = max(1, math.floor(NAMED_LAYERS[layer] * depth + 0.5)) if isinstance(layer, str) else layer
     if not 1 <= index <= depth:
         raise ModelError(f"regularizer.layer: {layer} lies outside 1..{depth}, the decoder layers of this model")
     return index

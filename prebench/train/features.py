@@ -6,6 +6,7 @@ data never read it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ class FeatureCache:
 
 def tower_hash(model: LlavaForConditionalGeneration) -> str:
     """Return a content hash of the vision tower's weights."""
-    tower = model.model.vision_tower.state_dict()
-    return content_hash({name: tensor.double().sum().item() for name, tensor in tower.items()})
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def cached_features(

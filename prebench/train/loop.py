@@ -6,6 +6,7 @@ that differs between two variants is the regularizer block that `build_regulariz
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
-from prebench.config import RegularizerConfig, StageConfig, TrainConfig
 from prebench.data.collator import Batch, ExampleOrder, encode_example, pad
 from prebench.data.examples import Example, TrainingData
 from prebench.errors import TrainingError
 from prebench.model.freezing import freeze_for_stage
 from prebench.model.visual_states import num_layers
-from prebench.runtime import derive_seed, logger, seed_everything
+from prebench.runtime import choose_device, choose_dtype, derive_seed, logger, seed_everything
+from prebench.schema import RegularizerConfig, StageConfig, TrainConfig
 from prebench.train.features import FeatureCache
 from prebench.train.objective import LossTerms, Objective
 from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
@@ -87,25 +88,31 @@ def train(
     for name in STAGES:
         stage: StageConfig = getattr(config, name)
         if stage.steps > 0:
+            if "vision_tower" in stage.trainable:
+                # From here on the tower is no longer the one whose features were cached.
+                inputs = dataclasses.replace(inputs, features=None)
             _train_stage(accelerator, objective, stage, name, config, inputs, seed, log)
     model.to("cpu")
     model.eval()
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Return accelerate's front end for the configured device and precision."""
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and not cpu)
-    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+    """Return accelerate's front end for the configured device and precision.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    device = choose_device(config.device)
+    bf16 = choose_dtype(config.dtype, device) == torch.bfloat16
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
 
 
 class _MicroBatches(Dataset[Batch]):
     """The micro-batches of one process, in order: item k is accumulation part k % A of optimiser step k // A."""
 
-    def __init__(self, order: ExampleOrder, inputs: TrainingInputs, accelerator: Accelerator, cached: bool) -> None:
+    def __init__(self, order: ExampleOrder, inputs: TrainingInputs, accelerator: Accelerator) -> None:
         self.order = order
         self.inputs = inputs
-        self.cached = cached
         stage = order.stage
         parts = stage.gradient_accumulation_steps * accelerator.num_processes
         if stage.batch_size % parts:
@@ -132,8 +139,7 @@ class _MicroBatches(Dataset[Batch]):
         input_ids, attention_mask, labels = pad(encoded, processor.tokenizer.pad_token_id)
         image_ids = tuple(e.image_id for e in examples)
         features = pixel_values = None
-        if self.cached:
-            assert self.inputs.features is not None
+        if self.inputs.features is not None:
             features = self.inputs.features.get(image_ids)
         else:
             images = [self.inputs.data.image(i) for i in image_ids]
@@ -154,8 +160,7 @@ def _train_stage(
     model, regularizer = objective.model, objective.regularizer
     trainable = freeze_for_stage(model, stage.trainable)
     logger.debug("stage %s trains %s", name, trainable)
-    cached = inputs.features is not None and "vision_tower" not in stage.trainable
-    micro_batches = _MicroBatches(ExampleOrder(inputs.data, stage, name, seed), inputs, accelerator, cached)
+    micro_batches = _MicroBatches(ExampleOrder(inputs.data, stage, name, seed), inputs, accelerator)
     model_parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(model_parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps)

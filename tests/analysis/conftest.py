@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from prebench.config import StudyConfig, dump_yaml, validate
+from prebench.config import dump_yaml, validate
 from prebench.records import ProbeRow, SampleRecord, TaskRecord, to_dict
+from prebench.schema import StudyConfig
 from prebench.store import write_json, write_jsonl, write_record, write_text
 
 LAYERS = 4

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from prebench.config import DataConfig
 from prebench.data import easy_vqa
 from prebench.data.examples import TrainingData, corpus
 from prebench.data.questions import LETTER_SUFFIX, SHORT_SUFFIX
+from prebench.schema import DataConfig
 
 CONFIG = {
     "scenes": {"num_images": 40, "questions_per_image": 5},

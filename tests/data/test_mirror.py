@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from prebench.config import SuiteConfig
 from prebench.data.mirror import build_mirror
 from prebench.data.questions import LETTER_SUFFIX
 from prebench.errors import ConfigError, DataError
+from prebench.schema import SuiteConfig
 
 TASKS = {
     "gqa": "generated",

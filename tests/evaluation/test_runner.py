@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prebench.config import ProbeConfig, TaskConfig
 from prebench.errors import EvaluationError, ModelError
 from prebench.evaluation.request import EvaluationRequest, RunRequest, find_task, plan
 from prebench.evaluation.runner import run_in_subprocess
 from prebench.records import SampleRecord, TaskRecord
 from prebench.runtime import data_dir
+from prebench.schema import ProbeConfig, TaskConfig
 from prebench.store import read_jsonl, read_record
 from tests.evaluation.command import run_lmms_eval
 from tests.evaluation.mirror import NUM_IMAGES, QUESTIONS, write_mirror
@@ -71,7 +71,7 @@ def test_tasks_are_found_without_importing_lmms_eval(mirror: Path) -> None:
 
 def test_missing_data_or_model_is_named_before_anything_runs(tiny_export: Path, tmp_path: Path, mirror: Path) -> None:
     request = _request(tiny_export, tmp_path)
-    with pytest.raises(EvaluationError, match=r"task 'gqa': no data set lmms-lab-encoder/GQA .*prebench mirror"):
+    with pytest.raises(EvaluationError, match=r"task 'gqa': no data set lmms-lab-encoder/GQA .*prebench evaluate"):
         plan(request, tmp_path)
     with pytest.raises(ModelError, match="no exported model"):
         plan(_request(tmp_path / "nothing", tmp_path), mirror)

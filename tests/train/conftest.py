@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from prebench.config import DataConfig, RegularizerConfig, TrainConfig
 from prebench.data.examples import TrainingData
 from prebench.model.builder import build_model, build_processor
+from prebench.schema import DataConfig, RegularizerConfig, TrainConfig
 from prebench.train.loop import TrainingInputs, build_regularizer, train
 from tests.conftest import TINY
 

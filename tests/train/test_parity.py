@@ -1,4 +1,4 @@
-"""Two variants differ by the regularizer alone: bit for bit where the design promises it."""
+"""Two variants differ by the regularizer alone: bit for bit where it is promised (README)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ import math
 import pytest
 import torch
 
-from prebench.config import (
-    RegularizerConfig,
-    StageConfig,
-    StudyConfig,
-    TrainConfig,
-    diff,
-    load_preset,
-    load_suite,
-    load_variant,
-)
+from prebench.config import diff, load_preset, load_suite, load_variant
 from prebench.data.collator import ExampleOrder
 from prebench.model.builder import build_model
+from prebench.schema import RegularizerConfig, StageConfig, StudyConfig, TrainConfig
 from prebench.train.loop import _MicroBatches, build_accelerator, build_regularizer
 from prebench.train.objective import Objective
 from tests.conftest import TINY
@@ -98,7 +90,7 @@ def test_gradients_of_the_model_ignore_a_weight_of_zero(inputs):
         recipe = TrainConfig.model_validate(RECIPE)
         stage = StageConfig.model_validate(RECIPE["instruct"])
         order = ExampleOrder(inputs.data, stage, "instruct", 0)
-        batch = _MicroBatches(order, inputs, build_accelerator(recipe), cached=False)[0]
+        batch = _MicroBatches(order, inputs, build_accelerator(recipe))[0]
         objective(batch).total(batch.num_targets, len(batch.image_ids), 0.0).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from prebench.config import RegularizerConfig
 from prebench.errors import ModelError
 from prebench.model.visual_states import VisualStates, resolve_layer
+from prebench.schema import RegularizerConfig
 from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
 
 IMAGES, TOKENS, WIDTH = 3, 5, 8

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prebench.config import RegularizerConfig
 from prebench.model.visual_states import VisualStates, resolve_layer
+from prebench.schema import RegularizerConfig
 
 
 class PredictiveRegularizer(nn.Module):
