@@ -109,7 +109,8 @@ def compare(study: Study, a: str, b: str) -> Comparison:
     Only common seeds are compared. Holm's correction runs over the tasks of this comparison.
 
     Raises:
-        ComparisonError: a variant was not run, both are one, they share no seed or task, or their documents differ.
+        ComparisonError: a variant was not run, both are one, they share no seed, or neither a task nor the probe
+            for one, or their documents differ.
     """
     if a == b:
         raise ComparisonError(f"compare two different variants; both are {a!r}")
@@ -120,7 +121,8 @@ def compare(study: Study, a: str, b: str) -> Comparison:
             f"study {study.name!r}: no seed was run for both variants ({a!r}: {left}, {b!r}: {right})"
         )
     shared = [task for task in study.tasks if study.common_seeds(a, b, task.task)]
-    if not shared:
+    degraded = tuple(_compare_degradation(study, a, b))
+    if not shared and not degraded:
         raise ComparisonError(f"study {study.name!r}: no task has results of both {a!r} and {b!r} for one seed")
     rows = [_compare_task(study, task, a, b) for task in shared]
     adjusted = statistics.holm([row.p for row in rows])
@@ -133,8 +135,8 @@ def compare(study: Study, a: str, b: str) -> Comparison:
         b=b,
         seeds=tuple(seeds),
         tasks=tasks,
-        degradation=tuple(_compare_degradation(study, a, b)),
-        notes=tuple(_notes(study, a, b, tasks)),
+        degradation=degraded,
+        notes=tuple(_notes(study, a, b, tasks, degraded)),
     )
 
 
@@ -211,8 +213,9 @@ def _compare_degradation(study: Study, a: str, b: str) -> list[DegradationCompar
         return []
     first, last = frame["first_layer"].iloc[0], frame["last_layer"].iloc[0]
     rows = [_degradation_row(frame, "", f"{first}-{last}", probe.reference_attribute)]
-    excluded = frame["excluded_layer"].iloc[0]
-    without = f"{first}-{last} without {excluded}, the regularised one"
+    excluded = frame["excluded_layers"].iloc[0]
+    what = "the regularised one" if len(excluded) == 1 else "the regularised ones"
+    without = f"{first}-{last} without {' and '.join(map(str, excluded))}, {what}"
     rows.append(_degradation_row(frame, "_excluded", without, probe.reference_attribute))
     return [row for row in rows if row is not None]
 
@@ -236,7 +239,9 @@ def _degradation_row(frame: pd.DataFrame, end: str, layers: str, attribute: str)
     )
 
 
-def _notes(study: Study, a: str, b: str, tasks: tuple[TaskComparison, ...]) -> list[str]:
+def _notes(
+    study: Study, a: str, b: str, tasks: tuple[TaskComparison, ...], degraded: tuple[DegradationComparison, ...]
+) -> list[str]:
     seeds = study.common_seeds(a, b)
     notes = [f"Compared over the seeds that both variants have: {', '.join(map(str, seeds))}."]
     left = sorted({run.seed for name in (a, b) for run in study.of_variant(name)} - set(seeds))
@@ -247,7 +252,8 @@ def _notes(study: Study, a: str, b: str, tasks: tuple[TaskComparison, ...]) -> l
         notes.append(f"Left out, without results of both for one seed: {', '.join(missing)}.")
     for estimand in dict.fromkeys(row.estimand for row in tasks):
         notes.append(f"The interval is about {estimand}.")
-    if any(row.n_seeds < MIN_SEEDS for row in tasks):
+    n_seeds = [row.n_seeds for row in tasks] + [row.n_seeds for row in degraded]
+    if min(n_seeds) < MIN_SEEDS:
         notes.append(
             f"With fewer than {MIN_SEEDS} seeds per variant nothing can be concluded about the training procedure."
         )

@@ -6,17 +6,20 @@ reference attribute, and L the number of decoder layers.
     reference          R   = a(-1), the frozen vision encoder's output, identical for all variants of a study
     per layer          D_l = R - a(l)
     degradation        D   = R - mean of a(l) over l = ceil(L/4) .. floor(3L/4)
-    without layer r    D over the same layers but r, the one that the regularizer predicts from
+    without layers r   D over the same layers but those that a regularizer of either variant predicts from
     reduction              = D(baseline, seed) - D(variant, seed)
 
 Referring to layer 0 instead would be wrong: the projector is trained, so a variant could lower layer 0 itself.
-Where a reduction leaves out the variant's layer r, the same layer is left out of the baseline's mean.
+A regularizer of weight 0 only logs its loss: its layer is none of r. Where a reduction leaves out layers, both
+variants' means leave out the same ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -42,9 +45,9 @@ class Degradation:
         """Return D_l for every layer."""
         return {layer: self.reference - value for layer, value in self.accuracy.items()}
 
-    def over_middle(self, excluded: int | None = None) -> float | None:
-        """Return D over the middle layers, leaving out one of them; None where no layer is left."""
-        layers = [layer for layer in middle_layers(self.num_layers) if layer != excluded]
+    def over_middle(self, excluded: Collection[int] = ()) -> float | None:
+        """Return D over the middle layers, leaving out some of them; None where no layer is left."""
+        layers = [layer for layer in middle_layers(self.num_layers) if layer not in excluded]
         if not layers:
             return None
         return self.reference - sum(self.accuracy[layer] for layer in layers) / len(layers)
@@ -91,9 +94,9 @@ def reductions(study: Study, baseline: str, variant: str) -> pd.DataFrame:
     """Return the degradation reduction of every common probed seed.
 
     Returns:
-        Columns seed, reference, first_layer, last_layer (the middle layers), excluded_layer (of the variant's
-        regularizer, NA without one among the middle layers), d_baseline, d_variant, reduction, and the last three
-        without the excluded layer, with the suffix `_excluded` (NA where there is none).
+        Columns seed, reference, first_layer, last_layer (the middle layers), excluded_layers (a tuple: the middle
+        layers that either variant regularises), d_baseline, d_variant, reduction, and the last three without the
+        excluded layers, with the suffix `_excluded` (NA where there are none, or no other middle layer).
     """
     known = of_study(study)
     rows = []
@@ -102,18 +105,19 @@ def reductions(study: Study, baseline: str, variant: str) -> pd.DataFrame:
             continue
         left, right = known[baseline, seed], known[variant, seed]
         middle = middle_layers(right.num_layers)
-        layer = study.runs[variant, seed].regularizer_layer
-        layer = layer if layer in middle else None
-        row: dict[str, float | None] = {"seed": seed, "reference": right.reference, "excluded_layer": layer}
+        regularised = {study.runs[name, seed].regularised_layer for name in (baseline, variant)}
+        excluded = tuple(layer for layer in middle if layer in regularised)
+        row: dict[str, Any] = {"seed": seed, "reference": right.reference, "excluded_layers": excluded}
         row |= {"first_layer": middle.start, "last_layer": middle.stop - 1}
         row |= _difference(left.over_middle(), right.over_middle(), "")
-        without = (None, None) if layer is None else (left.over_middle(layer), right.over_middle(layer))
+        without = (left.over_middle(excluded), right.over_middle(excluded)) if excluded else (None, None)
         row |= _difference(*without, "_excluded")
         rows.append(row)
-    whole = ["seed", "first_layer", "last_layer", "excluded_layer"]
+    whole = ["seed", "first_layer", "last_layer"]
     real = ["reference"]
     real += [name + end for end in ("", "_excluded") for name in ("d_baseline", "d_variant", "reduction")]
-    return pd.DataFrame(rows, columns=whole + real).astype(dict.fromkeys(whole, "Int64") | dict.fromkeys(real, float))
+    frame = pd.DataFrame(rows, columns=[*whole, "excluded_layers", *real])
+    return frame.astype(dict.fromkeys(whole, "Int64") | dict.fromkeys(real, float))
 
 
 def _difference(left: float | None, right: float | None, suffix: str) -> dict[str, float | None]:

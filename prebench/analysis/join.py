@@ -6,6 +6,7 @@ Only records are read; a run that has not been evaluated yet is simply absent.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pandas as pd
 
 from prebench.config import read_yaml, validate
 from prebench.errors import ComparisonError, StoreError, did_you_mean
+from prebench.evaluation.request import PROBE_FILE, PROBE_HASHES
 from prebench.records import ProbeRow, SampleRecord, TaskRecord, from_dict
-from prebench.schema import StudyConfig, TaskConfig
+from prebench.schema import StudyConfig, TaskConfig, VariantConfig
 from prebench.store import read_json, read_jsonl, read_record
 
 SCORE_COLUMNS = (
@@ -35,8 +37,8 @@ class Run:
     seed: int
     folder: Path
     tasks: dict[str, TaskRecord]
-    regularizer_layer: int | None
-    """The layer that the regularizer predicted from, as the export says; None where there is none."""
+    regularised_layer: int | None
+    """The layer whose states the regularizer changed; None without one, or with weight 0, which only logs."""
     _cache: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def samples(self, task: str) -> pd.DataFrame:
@@ -56,7 +58,7 @@ class Run:
             StoreError: the file can't be read or lacks a column.
         """
         if "" not in self._cache:
-            self._cache[""] = _read_probe(self.folder / "probe.parquet")
+            self._cache[""] = _read_probe(self.folder / PROBE_FILE)
         return self._cache[""]
 
 
@@ -150,34 +152,75 @@ def load_study(folder: Path) -> Study:
     """Load a study's configuration and the results that stand.
 
     Raises:
-        StoreError: no such study (others in the results folder are named), no result yet, a damaged record.
+        StoreError: no such study (others in the results folder are named), no result yet, a damaged record, or a run
+            whose records were made with different weights.
         ConfigError: study.yaml is malformed.
     """
     path = find_study(folder.parent, folder.name) / "study.yaml"
     config = validate(StudyConfig, read_yaml(path), str(path))
-    tasks = config.suite.task_names
-    loaded = [_load_run(folder, variant.name, seed, tasks) for variant in config.variants for seed in config.seeds]
+    loaded = [_load_run(folder, config, variant, seed) for variant in config.variants for seed in config.seeds]
     runs = {(run.variant, run.seed): run for run in loaded if run is not None}
     if not runs:
         raise StoreError(f"study {config.name!r} has no results yet; `prebench run` computes them ({folder})")
     return Study(folder, config, runs)
 
 
-def _load_run(folder: Path, variant: str, seed: int, tasks: list[str]) -> Run | None:
-    run = folder / "runs" / f"{variant}-s{seed}"
-    paths = (run / "eval" / f"{task}.json" for task in tasks)
+def _load_run(folder: Path, config: StudyConfig, variant: VariantConfig, seed: int) -> Run | None:
+    run = folder / "runs" / f"{variant.name}-s{seed}"
+    paths = (run / "eval" / f"{task.task}.json" for task in config.suite.tasks)
     records = [read_record(path, TaskRecord) for path in paths if path.is_file()]
-    if not records:
+    probe = run / PROBE_FILE
+    probed = config.suite.probe is not None and probe.is_file()
+    if not records and not probed:
         return None
     for record in records:
-        if (record.variant, record.seed) != (variant, seed):
+        if (record.variant, record.seed) != (variant.name, seed):
             raise StoreError(
                 f"{run / 'eval' / record.task}.json: variant and seed are {record.variant!r} and {record.seed}, "
-                f"but the folder says {variant!r} and {seed}; evaluate this run again"
+                f"but the folder says {variant.name!r} and {seed}; evaluate this run again"
             )
-    manifest = run / "model" / "prebench.json"
-    layer = read_json(manifest).get("regularizer_layer") if manifest.is_file() else None
-    return Run(variant, seed, run, {record.task: record for record in records}, layer)
+    hashes = {record.task: record.hashes for record in records}
+    found = _probe_hashes(probe) if probed else None
+    _check_weights(run.name, hashes if found is None else hashes | {PROBE_FILE: found})
+    layer = _regularised_layer(run / "model" / "prebench.json", variant)
+    return Run(variant.name, seed, run, {record.task: record for record in records}, layer)
+
+
+def _check_weights(run: str, hashes: dict[str, dict[str, str]]) -> None:
+    """Refuse results of one run that different weights made, as after training again and an evaluation cut short."""
+    weights = {name: values.get("weights") for name, values in hashes.items()}
+    if len(set(weights.values())) > 1:
+        first = next(iter(weights))
+        other = next(name for name in weights if weights[name] != weights[first])
+        raise StoreError(
+            f"run {run}: records of different weights ({first}: {weights[first] or 'no hash'}, "
+            f"{other}: {weights[other] or 'no hash'}); `prebench evaluate` computes them again"
+        )
+
+
+def _probe_hashes(path: Path) -> dict[str, str] | None:
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        found = json.loads(metadata[PROBE_HASHES]) if PROBE_HASHES in metadata else None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: can't be read as Parquet ({error}); delete it to probe the run again") from error
+    if found is not None and not isinstance(found, dict):
+        raise StoreError(f"{path}: the hashes in its metadata are no JSON object; delete it to probe the run again")
+    return found
+
+
+def _regularised_layer(manifest: Path, variant: VariantConfig) -> int | None:
+    if variant.regularizer is None or variant.regularizer.weight == 0 or not manifest.is_file():
+        return None
+    values = read_json(manifest)
+    layer = values.get("regularizer_layer") if isinstance(values, dict) else None
+    if not isinstance(layer, int):
+        raise StoreError(
+            f"{manifest}: the whole number 'regularizer_layer' is missing; delete {manifest.parent} to train it again"
+        )
+    return layer
 
 
 def _read_samples(path: Path) -> pd.DataFrame:
@@ -250,12 +293,12 @@ def _score_rows(record: TaskRecord) -> list[dict[str, Any]]:
 def paired_samples(study: Study, task: str, baseline: str, variant: str) -> PairedSamples:
     """Pair the documents of a task between two variants, over their common seeds.
 
-    Documents are paired by id; prompt and image hashes must agree in all runs. A document that failed in any of
-    the runs is dropped from all of them, so that every seed speaks about the same documents.
+    Documents are paired by id. One that failed in any of the runs is dropped from all of them, so that every seed
+    speaks about the same documents; of the others prompt and image hashes must agree in all runs.
 
     Raises:
-        ComparisonError: a variant was not run, no seed has both, or the documents, prompts or images differ (the
-            first document and the counts are named).
+        ComparisonError: a variant was not run, no seed has both, the runs were evaluated with other data, prompts or
+            settings, or their documents, prompts or images differ (the first document and the counts are named).
     """
     seeds = study.common_seeds(baseline, variant, task)
     if not seeds:
@@ -263,10 +306,13 @@ def paired_samples(study: Study, task: str, baseline: str, variant: str) -> Pair
             f"{task}: no seed has results of both {baseline!r} and {variant!r} in study {study.name!r}"
         )
     first = study.runs[baseline, seeds[0]]
-    frames = {(v, s): study.runs[v, s].samples(task) for s in seeds for v in (baseline, variant)}
-    for (name, seed), frame in frames.items():
-        _check_same(task, first.samples(task), f"{baseline}-s{seeds[0]}", frame, f"{name}-s{seed}")
+    runs = [study.runs[name, seed] for seed in seeds for name in (baseline, variant)]
+    for run in runs:
+        _check_hashes(task, first, run)
+    frames = {(run.variant, run.seed): run.samples(task) for run in runs}
     answered = pd.concat([frame["score"] for frame in frames.values()], axis=1).notna().all(axis=1)
+    for run in runs:
+        _check_documents(task, first, run, answered.index[answered])
     if not answered.any():
         raise ComparisonError(f"{task}: no document was scored in all runs of {baseline!r} and {variant!r}")
     parts = [
@@ -284,24 +330,34 @@ def paired_samples(study: Study, task: str, baseline: str, variant: str) -> Pair
     return PairedSamples(pd.concat(parts, ignore_index=True), tuple(seeds), int((~answered).sum()))
 
 
-def _check_same(task: str, left: pd.DataFrame, left_name: str, right: pd.DataFrame, right_name: str) -> None:
-    problems = []
-    only = left.index.symmetric_difference(right.index)
-    if len(only):
-        holder = left_name if only[0] in left.index else right_name
-        counts = f"{len(left)} and {len(right)} documents, {len(only)} of them in one run only"
-        problems.append(f"{counts} (first: {only[0]}, in {holder})")
-    both = left.index.intersection(right.index)
-    for column, what in (("prompt_hash", "prompt"), ("image_hash", "image")):
-        differs = both[_differs(left, right, both, column)]
-        if len(differs):
-            problems.append(f"{len(differs)} of {len(both)} documents have another {what} (first: {differs[0]})")
-    if problems:
+def _check_hashes(task: str, left: Run, right: Run) -> None:
+    # Weights differ between runs by nature; whether they are known must not.
+    found = [run.tasks[task].hashes for run in (left, right)]
+    plain = [{name: value if name != "weights" else "known" for name, value in hashes.items()} for hashes in found]
+    differs = sorted(name for name in plain[0].keys() | plain[1].keys() if plain[0].get(name) != plain[1].get(name))
+    if differs:
         raise ComparisonError(
-            f"{task}: {left_name} and {right_name} can't be paired: {'; '.join(problems)}; "
-            "evaluate both on the same data with the same version"
+            f"{task}: {left.folder.name} and {right.folder.name} can't be paired: the hashes of {', '.join(differs)} "
+            "differ; `prebench evaluate` evaluates again what is out of date"
         )
 
 
-def _differs(left: pd.DataFrame, right: pd.DataFrame, both: pd.Index, column: str) -> np.ndarray:
-    return left.loc[both, column].to_numpy() != right.loc[both, column].to_numpy()
+def _check_documents(task: str, first: Run, run: Run, answered: pd.Index) -> None:
+    left, right = first.samples(task), run.samples(task)
+    problems = []
+    only = left.index.symmetric_difference(right.index)
+    if len(only):
+        holder = first if only[0] in left.index else run
+        counts = f"{len(left)} and {len(right)} documents, {len(only)} of them in one run only"
+        problems.append(f"{counts} (first: {only[0]}, in {holder.folder.name})")
+    # A document may have failed before it had a prompt or an image; it is dropped, whatever its hashes.
+    for column, what in (("prompt_hash", "prompt"), ("image_hash", "image")):
+        unequal = left.loc[answered, column].to_numpy() != right.loc[answered, column].to_numpy()
+        differs = answered[unequal]
+        if len(differs):
+            problems.append(f"{len(differs)} of {len(answered)} documents have another {what} (first: {differs[0]})")
+    if problems:
+        raise ComparisonError(
+            f"{task}: {first.folder.name} and {run.folder.name} can't be paired: {'; '.join(problems)}; "
+            "evaluate both on the same data with the same version"
+        )

@@ -181,7 +181,7 @@ def _text(comparison: Comparison, width: int) -> str:
         [[_score_cells(row)[0], *_test_cells(row), row.verdict] for row in comparison.tasks],
         width,
     )
-    parts = [scores, tests]
+    parts = [scores, tests] if comparison.tasks else []
     if comparison.degradation:
         parts.append(_degradation_text(comparison, width))
     parts.append("".join(f"{line}\n" for note in comparison.notes for line in textwrap.wrap(note, width)))

@@ -32,10 +32,6 @@ class Interval:
     low: float
     high: float
 
-    def contains(self, value: float) -> bool:
-        """Return whether a value lies in the closed interval."""
-        return self.low <= value <= self.high
-
 
 @dataclass(frozen=True)
 class Correlation:

@@ -38,16 +38,18 @@ def summary_text(study: Study, width: int = WIDTH) -> str:
 
 
 def _scores(study: Study, width: int) -> str:
-    rows = []
+    rows, n_seeds = [], 0
     for task in study.tasks:
         cells = [percent(value) for value in references(study, task.task)]
         for variant in study.variants:
             found = score(study, variant, task.task)
+            n_seeds = max(n_seeds, found.n_seeds if found else 0)
             spread = f" ± {percent(found.spread)}" if found and found.spread is not None else ""
             cells.append(f"{percent(found.mean if found else None)}{spread}")
         rows.append([marked(task.label, task.data_source), *cells])
-    seeds = max((len(study.of_variant(variant)) for variant in study.variants), default=0)
-    title = f"{study.name}: scores in % (± {SPREAD_SEEDS if seeds > 1 else SPREAD_IMAGES})"
+    if not rows:
+        return f"{study.name}: no task was evaluated yet, the probe alone\n"
+    title = f"{study.name}: scores in % (± {SPREAD_SEEDS if n_seeds > 1 else SPREAD_IMAGES})"
     return text_table(title, ["task", "majority", "blind", *study.variants], rows, width)
 
 
@@ -91,11 +93,13 @@ def _verdicts(study: Study) -> list[str]:
 
 
 def _verdict(found: Comparison) -> str:
-    n_seeds = min(row.n_seeds for row in found.tasks)
-    shown = "; ".join(_difference(row) for row in found.tasks)
-    first = f"{found.b} against {found.a}, difference in points with 95% interval: {shown}."
-    kept = f" {_reduction(found.degradation[0])}" if found.degradation else ""
-    return f"{first}{kept} {_conclusion(found, n_seeds)}"
+    shown = "; ".join(_difference(row) for row in found.tasks) or "no task was evaluated for both"
+    parts = [f"{found.b} against {found.a}, difference in points with 95% interval: {shown}."]
+    if found.degradation:
+        parts.append(_reduction(found.degradation[0]))
+    if found.tasks:
+        parts.append(_conclusion(found, min(row.n_seeds for row in found.tasks)))
+    return " ".join(parts)
 
 
 def _difference(row: TaskComparison) -> str:

@@ -193,10 +193,7 @@ def _real(value: float | None) -> str:
 
 def regularised_layers(study: Study, variant: str) -> set[int]:
     """Return the layers that a variant regularises; a weight of 0 only logs its loss."""
-    config = next(v for v in study.config.variants if v.name == variant).regularizer
-    if config is None or config.weight == 0:
-        return set()
-    return {run.regularizer_layer for run in study.of_variant(variant) if run.regularizer_layer is not None}
+    return {run.regularised_layer for run in study.of_variant(variant) if run.regularised_layer is not None}
 
 
 def _per_layer_degradation(study: Study) -> dict[tuple[str, int], dict[str, float]]:
@@ -233,20 +230,20 @@ def _degradation(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
                 }
             )
     columns = ["variant", "n_seeds", "reference", "degradation", "reduction", "low", "high"]
-    columns += ["excluded_layer", "reduction_excluded", "low_excluded", "high_excluded"]
+    columns += ["excluded_layers", "reduction_excluded", "low_excluded", "high_excluded"]
     numbers = pd.DataFrame(rows, columns=columns)
-    numbers["excluded_layer"] = numbers["excluded_layer"].astype("Int64")
     printed = pd.DataFrame({"Variant": numbers["variant"], "Seeds": numbers["n_seeds"].astype(str)})
     printed["R"] = [percent(v) for v in numbers["reference"]]
     printed["D"] = [percent(v, signed=True) for v in numbers["degradation"]]
-    for end, title in (("", "Reduction"), ("_excluded", "Without regularised layer")):
+    for end, title in (("", "Reduction"), ("_excluded", "Without regularised layers")):
         parts = (numbers[f"{name}{end}"] for name in ("reduction", "low", "high"))
         printed[title] = [_with_interval(*values) for values in zip(*parts, strict=True)]
     attribute = study.config.suite.probe.reference_attribute if study.config.suite.probe else "none"
     caption = (
         f"Study {study.name}: degradation D of {attribute}, in points: probe accuracy R at the vision encoder minus "
         "its mean over the middle layers, ceil(L/4) to floor(3L/4). Reduction: D of the baseline minus D of the "
-        "variant, paired by seed, with a t interval over seeds; also without the layer that the variant regularises."
+        "variant, paired by seed, with a t interval over seeds; also without the layers that either of the two "
+        "regularises (weight above 0)."
     )
     return numbers, printed, caption
 
@@ -268,7 +265,7 @@ def _reduction(study: Study, variant: str) -> dict[str, Any]:
             bounds = (found.low, found.high) if found else (None, None)
             cells |= {f"reduction{end}": float(values.mean()), f"low{end}": bounds[0], f"high{end}": bounds[1]}
     if "reduction_excluded" in cells:
-        cells["excluded_layer"] = frame["excluded_layer"].iloc[0]
+        cells["excluded_layers"] = " ".join(map(str, frame["excluded_layers"].iloc[0]))
     return cells
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -82,8 +83,6 @@ def test_equal_variants_show_no_difference(make_study: StudyMaker) -> None:
 
 
 def test_only_common_seeds_are_compared_and_said(make_study: StudyMaker) -> None:
-    import shutil
-
     folder = make_study()
     shutil.rmtree(folder / "runs" / "pre-s1")
     found = compare(load_study(folder), "baseline", "pre")
@@ -94,8 +93,6 @@ def test_only_common_seeds_are_compared_and_said(make_study: StudyMaker) -> None
 
 
 def test_variants_that_share_nothing_are_refused(make_study: StudyMaker) -> None:
-    import shutil
-
     folder = make_study(seeds=(0, 1))
     shutil.rmtree(folder / "runs" / "pre-s1")
     shutil.rmtree(folder / "runs" / "baseline-s0")
@@ -259,3 +256,49 @@ def test_summary_says_what_could_not_be_compared(make_study: StudyMaker) -> None
     path.write_text(path.read_text().replace('"prompt_hash": "p3"', '"prompt_hash": "other"'))
     flat = " ".join(summary_text(load_study(folder)).split())
     assert "pre: not compared with baseline: gqa: baseline-s0 and pre-s0 can't be paired" in flat
+
+
+def test_only_what_is_regularised_is_called_so(make_study: StudyMaker) -> None:
+    folder = make_study({"baseline": 0.5, "early": 0.6, "pre": 0.8})
+    study = load_study(folder)
+    layers = {
+        (a, b): [row.layers for row in compare(study, a, b).degradation]
+        for a, b in (("pre", "baseline"), ("baseline", "pre"), ("early", "pre"))
+    }
+    assert layers["pre", "baseline"] == layers["baseline", "pre"] == ["1-3", "1-3 without 2, the regularised one"]
+    assert layers["early", "pre"] == ["1-3", "1-3 without 1 and 2, the regularised ones"]
+    write_tables(study)
+    degraded = pd.read_csv(folder / "tables" / "degradation.csv", index_col="variant")
+    assert degraded.loc[["early", "pre"], "excluded_layers"].tolist() == [1, 2]
+    probes = pd.read_csv(folder / "tables" / "probes.csv")
+    rows = probes[probes["regularised"]]
+    assert list(zip(rows["variant"], rows["layer"], strict=True)) == [("early", 1), ("pre", 2)]
+
+
+def test_two_variants_that_only_log_have_no_regularised_layer(make_study: StudyMaker) -> None:
+    folder = make_study({"baseline": 0.5, "pre": 0.8})
+    path = folder / "study.yaml"
+    path.write_text(path.read_text().replace("weight: 0.5", "weight: 0.0"))
+    study = load_study(folder)
+    found = compare(study, "baseline", "pre")
+    assert [row.layers for row in found.degradation] == ["1-3"]
+    write_tables(study)
+    assert not pd.read_csv(folder / "tables" / "probes.csv")["regularised"].any()
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_a_study_with_probes_alone_has_every_output(make_study: StudyMaker, seeds: tuple[int, ...]) -> None:
+    folder = make_study(seeds=seeds)
+    for path in folder.glob("runs/*/eval"):
+        shutil.rmtree(path)
+    study = load_study(folder)
+    assert all(path.is_file() for path in write_tables(study))
+    layer_curves(study, folder / "figures" / "layer_curves.svg")
+    flat = " ".join(summary_text(study).split())
+    assert "no task was evaluated yet" in flat and "Degradation reduction over layers 1-3: +1" in flat
+    found = compare(study, "baseline", "pre")
+    assert found.tasks == () and found.degradation[0].n_seeds == len(seeds)
+    assert any("With fewer than 3 seeds" in note for note in found.notes) == (len(seeds) < 3)
+    texts = {form: render(found, form) for form in ("text", "csv", "latex", "json")}
+    assert texts["text"].startswith("Degradation of 'background'")
+    assert pd.read_csv(io.StringIO(texts["csv"]))["kind"].unique().tolist() == ["degradation"]
