@@ -67,7 +67,7 @@ def test_the_generator_alone_decides_what_is_asked():
 
 
 def test_easy_vqa_stays_in_its_training_split():
-    data = training_data(easy_vqa={"num_images": 4000, "questions_per_image": 2})
+    data = training_data(easy_vqa={"num_images": 3600, "questions_per_image": 2})
     numbers = {int(i.rpartition("-")[2]) for i in data.image_ids if i.startswith("easy-vqa")}
     assert numbers == set(easy_vqa.load("train").image_paths)
     example = data.conversation("easy-vqa-11", np.random.default_rng(0))
