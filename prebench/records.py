@@ -15,6 +15,11 @@ from typing import Any, TypeVar
 
 SCHEMA_VERSION = 1
 
+PROBE_FILE = "probe.parquet"
+"""A run's probe values, `ProbeRow` by row."""
+PROBE_HASHES = b"prebench_hashes"
+"""Key of the hashes (JSON) in that file's metadata."""
+
 RecordT = TypeVar("RecordT")
 
 

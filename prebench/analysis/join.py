@@ -16,8 +16,7 @@ import pandas as pd
 
 from prebench.config import read_yaml, validate
 from prebench.errors import ComparisonError, StoreError, did_you_mean
-from prebench.evaluation.request import PROBE_FILE, PROBE_HASHES
-from prebench.records import ProbeRow, SampleRecord, TaskRecord, from_dict
+from prebench.records import PROBE_FILE, PROBE_HASHES, ProbeRow, SampleRecord, TaskRecord, from_dict
 from prebench.schema import StudyConfig, TaskConfig, VariantConfig
 from prebench.store import read_json, read_jsonl, read_record
 

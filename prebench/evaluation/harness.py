@@ -26,8 +26,8 @@ from prebench.evaluation.adapter import late_messages, probe_answers
 from prebench.evaluation.engine import Answer, Engine, GenerationRequest, greedy_settings, one_line
 from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
 from prebench.evaluation.prompts import DOCUMENT_ERRORS
-from prebench.evaluation.request import PROBE_FILE, PROBE_HASHES, EvaluationRequest, RunRequest, TaskSource
-from prebench.records import ProbeRow, SampleRecord, TaskRecord
+from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource
+from prebench.records import PROBE_FILE, PROBE_HASHES, ProbeRow, SampleRecord, TaskRecord
 from prebench.runtime import versions
 from prebench.schema import TaskConfig
 from prebench.store import read_json, write_bytes, write_jsonl, write_record

@@ -13,14 +13,10 @@ import yaml
 from pydantic import Field
 
 from prebench.errors import EvaluationError, ModelError, StoreError
-from prebench.records import TaskRecord, content_hash
+from prebench.records import PROBE_FILE, PROBE_HASHES, TaskRecord, content_hash
 from prebench.runtime import data_dir, file_hash, versions
 from prebench.schema import ProbeConfig, StrictModel, TaskConfig
 from prebench.store import read_record
-
-PROBE_FILE = "probe.parquet"
-PROBE_HASHES = b"prebench_hashes"
-"""Key of the hashes in the Parquet file's metadata."""
 
 
 class RunRequest(StrictModel):

@@ -14,7 +14,7 @@ import pytest
 from prebench.analysis import degradation
 from prebench.analysis.join import find_study, load_study, paired_samples, scores_frame
 from prebench.errors import ComparisonError, ConfigError, StoreError
-from prebench.evaluation.request import PROBE_HASHES
+from prebench.records import PROBE_HASHES
 from prebench.store import read_json, write_json
 
 from .conftest import StudyMaker, sample, write_task
