@@ -187,7 +187,12 @@ def _scale_start(model: LlavaForConditionalGeneration, config: ModelConfig, gene
 
 @torch.no_grad()
 def vision_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
-    """Return the frozen tower's output that the projector reads, [B, N_p, D_v], for images [B, 3, H, W]."""
+    """Return `encode_images` without gradients: the frozen tower's output."""
+    return encode_images(model, pixel_values)
+
+
+def encode_images(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """Return the tower's output that the projector reads, [B, N_p, D_v], for images [B, 3, H, W]."""
     outputs = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
     layer = model.config.vision_feature_layer
     assert isinstance(layer, int)

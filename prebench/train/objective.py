@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prebench.data.collator import IGNORE_INDEX, Batch
-from prebench.model.builder import vision_features
+from prebench.model.builder import encode_images, vision_features
 from prebench.model.visual_states import VisualStates, capture
 from prebench.train.regularizers.predictive import PredictiveRegularizer
 
@@ -73,11 +73,8 @@ class Objective(nn.Module):
     def _encode(self, pixel_values: Tensor | None) -> Tensor:
         assert pixel_values is not None
         learning = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
-        if not learning:
-            return vision_features(self.model, pixel_values)
-        outputs = self.model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-        features: Tensor = outputs.hidden_states[self.model.config.vision_feature_layer]
-        return features[:, 1:] if self.model.config.vision_feature_select_strategy == "default" else features
+        encode = encode_images if learning else vision_features
+        return encode(self.model, pixel_values)
 
     def _lm_sum(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         targets = labels_BT[:, 1:]
