@@ -63,7 +63,7 @@ class ScenesConfig(StrictModel):
     questions_per_image: int = Field(gt=0)
     """Turns in one conversation."""
     min_objects: int = Field(2, ge=1)
-    max_objects: int = Field(5, ge=1, le=16)
+    max_objects: int = Field(5, ge=1, le=9)
 
     @model_validator(mode="after")
     def _ordered(self) -> ScenesConfig:
@@ -111,8 +111,8 @@ class VisionTowerConfig(StrictModel):
     num_hidden_layers: int = Field(3, gt=0)
     num_attention_heads: int = Field(4, gt=0)
     intermediate_size: int = Field(512, gt=0)
-    image_size: int = Field(64, gt=0)
-    patch_size: int = Field(8, gt=0)
+    image_size: int = Field(96, gt=0)
+    patch_size: int = Field(16, gt=0)
 
     @model_validator(mode="after")
     def _divisible(self) -> VisionTowerConfig:

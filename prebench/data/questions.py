@@ -25,6 +25,12 @@ OPTIONS_PROMPT = "There are several options:"
 """What lmms-eval's MMBench puts between question and options."""
 CAPTION_PROMPT = "describe the image."
 LETTERS = "ABCD"
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "center", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+"""Where a cell of the grid is, by row and column."""
 IN_THE_IMAGE_SHARE = 0.25
 """Share of the existence questions that end as POPE's do ("in the image?")."""
 
@@ -34,6 +40,7 @@ SHARES = {
     "shape": 0.16,
     "count": 0.05,
     "color_count": 0.114,
+    "position": 0.08,
     "relation": 0.14,
     "multiple_choice": 0.07,
     "choose": 0.04,
@@ -158,10 +165,21 @@ def _color_count(scene: Scene, rng: np.random.Generator) -> Question:
     return Question("color_count", f"how many {color} objects are there?", str(number))
 
 
+def _position(scene: Scene, rng: np.random.Generator) -> Question | None:
+    item = _unique_shape(scene, rng) if rng.random() < 0.5 else None
+    name = item.shape if item else None
+    if item is None:
+        item = _unique_color(scene, rng)
+        name = f"{item.color} object" if item else None
+    return None if item is None else Question("position", f"where is the {name}?", PLACES[item.row][item.col])
+
+
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
-    if len(scene.objects) < 2:
+    shapes, _ = _unique_counts(scene)
+    known = [item for item in scene.objects if shapes[item.shape] == 1]
+    if len(known) < 2:
         return None
-    first, second = (scene.objects[i] for i in rng.permutation(len(scene.objects))[:2])
+    first, second = (known[i] for i in rng.permutation(len(known))[:2])
     across = rng.random() < 0.5
     distance = second.col - first.col if across else second.row - first.row
     if distance == 0:
@@ -170,7 +188,7 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     if distance < 0:
         true, false = false, true
     holds = rng.random() < 0.5
-    text = f"is the {first.name} {true if holds else false} the {second.name}?"
+    text = f"is the {first.shape} {true if holds else false} the {second.shape}?"
     return Question("relation", text, _yes(holds))
 
 
@@ -234,6 +252,7 @@ _MAKERS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "shape": _shape,
     "count": _count,
     "color_count": _color_count,
+    "position": _position,
     "relation": _relation,
     "multiple_choice": _multiple_choice,
     "choose": _choose,

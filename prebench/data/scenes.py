@@ -1,4 +1,4 @@
-"""Generated scenes: coloured shapes on a 4 x 4 grid over a textured background, with exact object masks.
+"""Generated scenes: coloured shapes on a 3 x 3 grid over a textured background, with exact object masks.
 
 A text may mention shape and colour (asked) and size (the rare questions). No text mentions the
 background, or the fill pattern, which the objects of a scene share; the tower is pretrained without the fill.
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 96
 """Height and width of a scene in pixels."""
-PATCH_SIZE = 8
+PATCH_SIZE = 16
 """Side of a vision patch in pixels."""
-CELL_SIZE = 16
+CELL_SIZE = 32
 """Side of a grid cell in pixels: 2 x 2 patches."""
 GRID = IMAGE_SIZE // CELL_SIZE
 """Cells per row and column."""
@@ -26,7 +26,7 @@ MIN_PATCH_PIXELS = PATCH_SIZE * PATCH_SIZE // 8
 MIN_OBJECT_PATCHES = 4
 """Patches that every object covers: with fewer, cohesion within an object means nothing."""
 
-SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond")
+SHAPES = ("circle", "square", "triangle", "cross", "star")
 COLORS = ("red", "green", "blue", "yellow", "teal", "brown")
 SIZES = ("small", "large")
 FILLS = ("solid", "striped", "dotted")
@@ -37,7 +37,7 @@ BACKGROUNDS = tuple(f"{texture}-{tint}" for texture in TEXTURES for tint in TINT
 SPLITS = {"train": 0, "validation": 1, "test": 2, "pretrain": 3, "probe": 4}
 """Each split draws from random streams of its own, so splits are disjoint for any seed."""
 
-BOX = {"small": 12, "large": 16}
+BOX = {"small": 24, "large": 32}
 """Side of an object's bounding box in pixels."""
 RGB = {
     "red": (205, 30, 35),
@@ -96,7 +96,7 @@ def generate_scene(seed: int, split: str, index: int, min_objects: int = 2, max_
         split: a key of `SPLITS`.
         index: number of the scene within the split.
         min_objects: fewest objects.
-        max_objects: most objects, at most 16 (cells).
+        max_objects: most objects, at most 9 (cells).
     """
     rng = scene_rng(seed, split, index)
     count = int(rng.integers(min_objects, max_objects + 1))
@@ -121,7 +121,7 @@ def render(scene: Scene) -> tuple[Image.Image, np.ndarray]:
     """Draw a scene.
 
     Returns:
-        The picture (RGB, 64 x 64) and the exact mask (uint8 [64, 64]): 0 is background, i is the i-th object.
+        The picture (RGB, 96 x 96) and the exact mask (uint8 [96, 96]): 0 is background, i is the i-th object.
     """
     rng = scene_rng(scene.seed, scene.split, scene.index, stream=1)
     phase = rng.integers(0, IMAGE_SIZE, size=2)
@@ -163,7 +163,7 @@ def object_labels(scene: Scene) -> np.ndarray:
 
 
 def patch_objects(mask: np.ndarray) -> np.ndarray:
-    """Assign patches to objects: int64 [8, 8], 0 where no object has at least 1/8 of the patch's pixels."""
+    """Assign patches to objects: int64 [6, 6], 0 where no object has at least 1/8 of the patch's pixels."""
     grid = IMAGE_SIZE // PATCH_SIZE
     patches = mask.reshape(grid, PATCH_SIZE, grid, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(grid, grid, -1)
     # A patch lies in one cell, and a cell holds one object: its maximum is that object's number.
@@ -176,9 +176,9 @@ def _background(name: str) -> np.ndarray:
     texture, tint = name.split("-")
     rows, cols = np.indices((IMAGE_SIZE, IMAGE_SIZE))
     if texture == "lines":
-        wave = np.where((rows // 2) % 2 == 0, 1.0, -1.0)
+        wave = np.where((rows // 4) % 2 == 0, 1.0, -1.0)
     elif texture == "checks":
-        wave = np.where((rows // 4 + cols // 4) % 2 == 0, 1.0, -1.0)
+        wave = np.where((rows // 8 + cols // 8) % 2 == 0, 1.0, -1.0)
     elif texture == "slope":
         wave = np.cos(2 * np.pi * (rows + cols) / IMAGE_SIZE)
     else:
@@ -189,12 +189,12 @@ def _background(name: str) -> np.ndarray:
 
 @cache
 def _pattern(fill: str) -> np.ndarray:
-    """Return the brightness of a cell's pixels, float [16, 16, 1]."""
+    """Return the brightness of a cell's pixels, float [32, 32, 1]."""
     rows, cols = np.indices((CELL_SIZE, CELL_SIZE))
     if fill == "striped":
-        dark = cols % 4 < 2
+        dark = cols % 8 < 4
     elif fill == "dotted":
-        dark = (rows % 4 < 2) & (cols % 4 < 2)
+        dark = (rows % 8 < 4) & (cols % 8 < 4)
     else:
         dark = np.zeros((CELL_SIZE, CELL_SIZE), dtype=bool)
     return np.where(dark, PATTERN_DARKNESS, 1.0)[..., None]
@@ -202,7 +202,7 @@ def _pattern(fill: str) -> np.ndarray:
 
 @cache
 def _stencils(shape: str, size: str) -> tuple[np.ndarray, ...]:
-    """Return the placements of a shape in its cell (bool [16, 16]) that cover enough of all four patches."""
+    """Return the placements of a shape in its cell (bool [32, 32]) that cover enough of all four patches."""
     box = _draw(shape, BOX[size])
     space = CELL_SIZE - BOX[size]
     placements = []
@@ -241,8 +241,6 @@ def _corners(shape: str) -> list[tuple[float, float]]:
         return [(0, 0), (1, 0), (1, 1), (0, 1)]
     if shape == "triangle":
         return [(0.5, 0), (1, 1), (0, 1)]
-    if shape == "diamond":
-        return [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)]
     angles = np.pi * (np.arange(10) / 5 - 0.5)
     radius = np.where(np.arange(10) % 2 == 0, 1.0, 0.45)
     points = np.stack([np.cos(angles) * radius, np.sin(angles) * radius], axis=1)
