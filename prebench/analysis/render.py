@@ -40,6 +40,7 @@ _LATEX = str.maketrans(
         "[": "{[}",  # at the start of a row it would be an argument of the line break before
         "<": "$<$",
         ">": "$>$",
+        "|": "$|$",  # LaTeX's first font encoding has a dash in its place
         "±": r"$\pm$",
         "−": "$-$",
         "ρ": r"$\rho$",
@@ -109,22 +110,29 @@ def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
     return textwrap.fill(f"{row[0]}: {cells}", width, subsequent_indent="  ", break_on_hyphens=False)
 
 
+_LATEX_FIT = (
+    "% needs \\usepackage{booktabs}; with \\usepackage{graphicx} a table wider than the line is scaled to fit\n"
+    "\\providecommand{\\resizebox}[3]{#3}\n"
+    "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+)
+
+
 def latex_table(frame: pd.DataFrame, caption: str, label: str) -> str:
-    """Return a booktabs table of text cells; everything is escaped here, so cells may hold any character."""
+    """Return a booktabs table of text cells that never leaves the line where graphicx is loaded.
+
+    Everything is escaped here, so cells may hold any character.
+    """
     cells = frame.map(lambda cell: escape_latex(str(cell)))
     cells.columns = pd.Index([escape_latex(str(name)) for name in frame.columns])
-    return (
-        cells.style.hide(axis="index")
-        .to_latex(
-            hrules=True,
-            caption=escape_latex(caption),
-            label=re.sub(r"[^A-Za-z0-9:-]+", "-", label),
-            position_float="centering",
-            column_format="l" + "r" * (len(frame.columns) - 1),
-        )
-        .rstrip("\n")
-        + "\n"
+    text = cells.style.hide(axis="index").to_latex(
+        hrules=True,
+        caption=escape_latex(caption),
+        label=re.sub(r"[^A-Za-z0-9:-]+", "-", label),
+        position_float="centering",
+        column_format="l" + "r" * (len(frame.columns) - 1),
     )
+    start, end = r"\begin{tabular}", r"\end{tabular}"
+    return text.replace(start, _LATEX_FIT + start).replace(end, end + "}").rstrip("\n") + "\n"
 
 
 def render(comparison: Comparison, form: str, width: int = WIDTH) -> str:

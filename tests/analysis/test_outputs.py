@@ -157,7 +157,8 @@ def test_latex_is_complete_and_needs_booktabs_only(make_study: StudyMaker) -> No
         assert not re.search(r"(?<!\\)[_%#]", body), "an unescaped special character"
         assert text.isascii()
         commands = set(re.findall(r"\\([a-zA-Z]+)", text))
-        known = "begin end centering caption label toprule midrule bottomrule pm rho"
+        known = "begin end centering caption label toprule midrule bottomrule pm rho usepackage"
+        known += " providecommand resizebox ifdim width linewidth else fi"
         assert commands <= set(known.split())
     assert r"pre\_x" in sources[0] + sources[2]
     assert r"easy\_VQA \& more" in "".join(sources)
