@@ -39,7 +39,7 @@ class PretrainConfig:
     """The recipe of the shipped tower."""
 
     seed: int = 0
-    steps: int = 1200
+    steps: int = 1600
     batch_size: int = 64
     easy_vqa_share: float = 0.25
     learning_rate: float = 1e-3
