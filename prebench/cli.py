@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prebench import __version__
-from prebench.errors import ConfigError, PrebenchError
+from prebench.errors import ConfigError, PrebenchError, environment_error
 
 if TYPE_CHECKING:
     from prebench.schema import StudyConfig
@@ -24,8 +24,11 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except PrebenchError as error:
-            click.echo(f"prebench: {' '.join(str(error).split())}", err=True)
+        except (PrebenchError, OSError) as error:
+            known = error if isinstance(error, PrebenchError) else environment_error(error)
+            if known is None:
+                raise
+            click.echo(f"prebench: {' '.join(str(known).split())}", err=True)
             ctx.exit(2)
 
     def resolve_command(
@@ -314,9 +317,11 @@ def pretrain(folder: Path | None, steps: int | None) -> None:
     from prebench.model.pretrain import DEFAULT_FOLDER, PretrainConfig
     from prebench.model.pretrain import pretrain as make
     from prebench.progress import ProgressLine
+    from prebench.store import require_writable
 
     config = PretrainConfig() if steps is None else PretrainConfig(steps=steps)
     target = folder or DEFAULT_FOLDER
+    require_writable(target)
     with ProgressLine("pretrain", config.steps) as line:
         manifest = make(target, config, lambda done, _total, loss: line.update(done, f"loss {loss:.3f}"))
     for name, value in manifest["accuracies"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -40,6 +41,22 @@ class EvaluationError(PrebenchError):
 
 class ComparisonError(PrebenchError):
     """Two sets of results can't be compared: variants that were not run, documents that differ."""
+
+
+ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What a machine refuses, however right the program is: no room, no permission, a failing disk."""
+
+
+def environment_error(error: OSError) -> StoreError | None:
+    """Return the error to print for what the machine refused; None where the program itself is at fault.
+
+    Args:
+        error: an error that no stage has turned into one of its own.
+    """
+    if error.errno not in ENVIRONMENT:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return StoreError(f"{where}{error.strerror}; what is finished is kept: make room or mend it, and start again")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -77,7 +77,9 @@ def export(
             shutil.rmtree(folder)
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{folder}: the model can't be written ({error})") from error
+        raise StoreError(
+            f"{folder}: the model can't be written ({error}); nothing was replaced and the finished runs are kept"
+        ) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -13,6 +13,8 @@ from prebench.errors import StoreError
 from prebench.records import from_dict, to_dict
 
 RecordT = TypeVar("RecordT")
+TEMPORARY = ".part"
+"""Ends the hidden name that a file has while it is being written."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -24,7 +26,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -37,6 +39,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise StoreError(f"{path}: can't be written ({error.strerror or error}); nothing was replaced") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder, and find out before hours of work whether it takes files.
+
+    Raises:
+        StoreError: it does not.
+    """
+    write_bytes(folder / ".writable", b"")
+    (folder / ".writable").unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

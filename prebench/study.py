@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from pathlib import Path
 from prebench.config import diff, dump_yaml, read_yaml, validate
 from prebench.errors import StoreError, StudyMismatchError
 from prebench.schema import StudyConfig, SuiteConfig
-from prebench.store import write_text
+from prebench.store import TEMPORARY, write_text
 
 STUDY_FILE = "study.yaml"
+LOCK_FILE = ".lock"
 MAX_DIFF_LINES = 8
 
 
@@ -137,6 +139,16 @@ def _comparable(model: object) -> dict[str, object]:
     return dumped
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the halves that a killed process left: models can be large."""
+    for pattern in (".mirror.partial", "runs/*/.export-*", "runs/*/.probe-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for parent in ("cache", "runs/*", "runs/*/eval"):
+        for path in folder.glob(f"{parent}/.*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the study for one process.
@@ -146,7 +158,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise StoreError(
             f"{folder}: can't be written ({error.strerror}); choose another folder with --results"
@@ -156,6 +168,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StoreError(f"{folder}: another prebench process works on this study; wait for it") from error
+        _remove_leftovers(folder)
         yield
     finally:
         os.close(handle)

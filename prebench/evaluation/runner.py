@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prebench.config import validate
-from prebench.errors import EvaluationError, PrebenchError
+from prebench.errors import EvaluationError, PrebenchError, environment_error
 from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, find_task, plan
 from prebench.progress import ProgressLine, say
 from prebench.schema import SuiteConfig
@@ -124,9 +124,13 @@ def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
     Raises:
         EvaluationError: tasks failed (all are named); what did not fail is written.
     """
+    from PIL import ImageFile
+
     from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
     from prebench.evaluation.harness import evaluate_probe, evaluate_task
 
+    # lmms-eval switches this on when imported: half a picture would be filled up with grey and asked about.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     request = work.request
     if request.probe is not None:
         from prebench.evaluation.probe_task import CONFIG_VARIABLE
@@ -227,8 +231,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         work = validate(Work, read_json(path), str(path))
         evaluate_runs(work, lambda t, d, n: send({"title": t, "done": d, "total": n}))
-    except PrebenchError as error:
-        send({"error": str(error)})
+    except (PrebenchError, OSError) as error:
+        known = error if isinstance(error, PrebenchError) else environment_error(error)
+        if known is None:
+            raise
+        send({"error": str(known)})
         return USER_ERROR
     return 0
 

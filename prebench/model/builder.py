@@ -20,22 +20,25 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from prebench.errors import ModelError
+from prebench.errors import ModelError, StoreError
 from prebench.model.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN
 from prebench.records import content_hash
 from prebench.runtime import derive_seed, file_hash
 from prebench.schema import ModelConfig, VisionTowerConfig
+from prebench.store import read_json
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+MANIFEST = "manifest.json"
 
 
 def parts_hash(config: VisionTowerConfig) -> str:
     """Return one content hash of the pretrained parts that a run starts from: tower and tokenizer.
 
     Raises:
-        ModelError: the tower's folder is missing.
+        ModelError: the tower's folder is missing, or a part is damaged.
     """
     folders = [PRETRAINED / "tokenizer"]
+    check_part(folders[0])
     if config.pretrained is not None:
         folders.append(tower_folder(config))
     files = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors")]
@@ -46,18 +49,49 @@ def tower_folder(config: VisionTowerConfig) -> Path:
     """Return the folder of the pretrained tower.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it is damaged.
     """
     folder = PRETRAINED / "vision_tower" if config.pretrained == "embedded" else Path(str(config.pretrained))
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no vision tower here; `prebench pretrain` makes the embedded one")
+    check_part(folder)
     return folder
 
 
+def check_part(folder: Path) -> None:
+    """Check a pretrained part's files against the manifest that `prebench pretrain` left beside it, where there is one.
+
+    Raises:
+        ModelError: a file is missing, or its content is another than when it was made.
+    """
+    path = folder.parent / MANIFEST
+    if not path.is_file():
+        return
+    remedy = "install prebench again, or make the parts again with `prebench pretrain`"
+    try:
+        manifest = read_json(path)
+        files = manifest["files"]
+        expected = {name: files[name] for name in files if name.startswith(f"{folder.name}/")}
+    except (StoreError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: damaged; {remedy}") from error
+    for name, known in expected.items():
+        try:
+            found = file_hash(folder.parent / name)
+        except OSError as error:
+            raise ModelError(f"{folder.parent / name}: {error.strerror}; {remedy}") from error
+        if found != known:
+            raise ModelError(f"{folder.parent / name}: damaged (hash {found}, {path} has {known}); {remedy}")
+
+
 def build_tokenizer(folder: Path = PRETRAINED / "tokenizer") -> PreTrainedTokenizerFast:
-    """Load the shipped tokenizer (made by `prebench pretrain`)."""
+    """Load the shipped tokenizer (made by `prebench pretrain`).
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: no tokenizer.json; `prebench pretrain` makes it")
+    check_part(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
