@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prebench.schema import StudyConfig
 
 DEFAULT_RESULTS = "results"
+CONTROLS = ("pre-shuffled", "pre-frozen-copy", "norm-penalty", "baseline-again")
 
 
 class _Group(click.Group):
@@ -95,6 +96,7 @@ def main() -> None:
 @click.option("--suite", default="full", show_default=True, help="What is measured: a name or a YAML file.")
 @click.option("--preset", help="Model, data and recipe: a name or a YAML file. The suite's own by default.")
 @click.option("--variants", callback=_split, help="Training objectives, separated by commas.")
+@click.option("--controls", is_flag=True, help=f"Add the controls to the variants: {', '.join(CONTROLS)}.")
 @click.option("--seeds", callback=_seeds, help="Seeds, separated by commas.")
 @click.option("--name", help="Study name; <suite>-<preset> by default.")
 @results_option
@@ -110,6 +112,7 @@ def run(results: Path, dry_run: bool, **request: Any) -> None:
     Examples:
       prebench run --suite smoke
       prebench run --suite full --seeds 0,1,2
+      prebench run --suite full --controls       is it the image, a moving target, or randomness?
       prebench run --suite full --name short --set train.instruct.steps=300
     """
     from prebench import pipeline
@@ -128,6 +131,7 @@ def _study_config(
     suite: str,
     preset: str | None,
     variants: Sequence[str] | None,
+    controls: bool,
     seeds: Sequence[int] | None,
     name: str | None,
     overrides: Sequence[str],
@@ -140,11 +144,15 @@ def _study_config(
     study_name = name or f"{chosen_suite.name}-{chosen_preset.name}"
     if not study_name or "/" in study_name or study_name.startswith("."):
         raise ConfigError(f"--name {study_name!r}: a plain folder name is expected")
+    chosen = [load_variant(v) for v in dict.fromkeys(variants or chosen_suite.defaults.variants)]
+    if controls:
+        names = {variant.name for variant in chosen}
+        chosen += [load_variant(name) for name in CONTROLS if name not in names]
     values = {
         "name": study_name,
         "preset": chosen_preset,
         "suite": chosen_suite,
-        "variants": tuple(load_variant(v) for v in dict.fromkeys(variants or chosen_suite.defaults.variants)),
+        "variants": tuple(chosen),
         "seeds": tuple(seeds or chosen_suite.defaults.seeds),
     }
     return validate(StudyConfig, values, f"study {study_name}")

@@ -199,8 +199,9 @@ def _train_run(run: Run, config: StudyConfig, inputs: Any) -> None:
 
     variant = next(v for v in config.variants if v.name == run.variant)
     recipe = config.preset.train
-    model = build_model(config.preset.model, inputs.processor.tokenizer, run.seed)
-    regularizer = build_regularizer(variant.regularizer, model, run.seed)
+    seed = config.training_seed(run.variant, run.seed)
+    model = build_model(config.preset.model, inputs.processor.tokenizer, seed)
+    regularizer = build_regularizer(variant.regularizer, model, seed)
     started = time.perf_counter()
     last: dict[str, Any] = {}
     total = recipe.align.steps + recipe.instruct.steps
@@ -214,10 +215,11 @@ def _train_run(run: Run, config: StudyConfig, inputs: Any) -> None:
             pre = "" if entry["pre_loss"] is None else f", pre_loss {entry['pre_loss']:.3f}"
             line.update(done, f"{entry['stage']}: lm_loss {entry['lm_loss']:.3f}{pre}")
 
-        train(model, regularizer, recipe, inputs, run.seed, log)
+        train(model, regularizer, recipe, inputs, seed, log)
     manifest = {
         "variant": run.variant,
         "seed": run.seed,
+        "training_seed": seed,
         "config_hash": content_hash(config.run_config(run.variant, run.seed)),
         **_origin(config),
         "data_hash": inputs.data.fingerprint(),

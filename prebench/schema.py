@@ -6,10 +6,10 @@ configuration of a run is preset + regularizer + seed, so two variants differ in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class StrictModel(BaseModel):
@@ -21,16 +21,21 @@ class StrictModel(BaseModel):
 # --- variant -------------------------------------------------------------------------------------------------
 
 
-class RegularizerConfig(StrictModel):
-    """The one block in which variants differ."""
+Layer = Literal["quarter", "half", "three_quarters", "last"] | int
+"""Decoder layer l: a fraction of the depth, or 1..L."""
+
+
+class PredictiveConfig(StrictModel):
+    """Predictive Regularization (arXiv 2603.20808), its ablations and two of its controls."""
 
     type: Literal["predictive"] = "predictive"
     weight: float = Field(0.0, ge=0)
     """lambda in L_LM + lambda * L_PRe; 0 is the baseline, which only logs the loss of a detached predictor."""
-    layer: Literal["quarter", "half", "three_quarters", "last"] | int = "half"
-    """Decoder layer l whose input is predicted from: a fraction of the depth, or 1..L."""
-    anchor: Literal["pre_llm", "pre_projector"] = "pre_llm"
-    """What is predicted: h_v^0 (the projector's output) or the vision tower's output; never with gradient."""
+    layer: Layer = "half"
+    """Decoder layer l whose input is predicted from."""
+    anchor: Literal["pre_llm", "pre_projector", "shuffled", "frozen_copy"] = "pre_llm"
+    """What is predicted, never with gradient: h_v^0 (the projector's output), the vision tower's output, h_v^0 of
+    another image of the micro-batch, or h_v^0 as the projector of the stage's start makes it."""
     level: Literal["patch", "global"] = "patch"
     """Cosine per visual token, or of their mean."""
     hidden_size: int | None = Field(None, gt=0)
@@ -39,6 +44,47 @@ class RegularizerConfig(StrictModel):
     """Of the predictor's own optimiser (constant)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clipping of the predictor's gradients, apart from the model's."""
+
+
+class NormPenaltyConfig(StrictModel):
+    """A penalty on the same states that knows nothing of the image: control of PRe. It has no predictor."""
+
+    type: Literal["norm_penalty"] = "norm_penalty"
+    weight: float = Field(0.0, ge=0)
+    """lambda in L_LM + lambda * L_norm; 0 only logs the loss."""
+    layer: Layer = "half"
+    """Decoder layer l whose input's length is held."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_option_of_the_predictor(cls, values: Any) -> Any:
+        given = set(values) if isinstance(values, Mapping) else set()
+        meaningless = [name for name in PredictiveConfig.model_fields if name in given - set(cls.model_fields)]
+        if meaningless:
+            raise ValueError(
+                f"{', '.join(meaningless)}: no meaning for type norm_penalty; leave them out, and don't extend a "
+                "variant of another type"
+            )
+        return values
+
+
+_REGULARIZERS: dict[str, type[StrictModel]] = {"predictive": PredictiveConfig, "norm_penalty": NormPenaltyConfig}
+
+
+def _of_its_type(values: Any) -> Any:
+    """Build the block's own class; pydantic's tagged unions would put the tag into the path of every error."""
+    if isinstance(values, StrictModel):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError("a mapping with type, weight and layer is expected")
+    kind = values.get("type", "predictive")
+    if not isinstance(kind, str) or kind not in _REGULARIZERS:
+        raise ValueError(f"unknown type {kind!r}; known: {', '.join(_REGULARIZERS)}")
+    return _REGULARIZERS[kind].model_validate(values)
+
+
+RegularizerConfig = Annotated[NormPenaltyConfig | PredictiveConfig, BeforeValidator(_of_its_type)]
+"""The one block in which variants differ; `type` decides which of the two it is."""
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -51,6 +97,8 @@ class VariantConfig(StrictModel):
     name: Name
     description: str = ""
     regularizer: RegularizerConfig | None
+    seed_offset: int = Field(0, ge=0)
+    """The same objective with other randomness: seed s trains with s + offset in initialisation and data order."""
 
 
 # --- preset --------------------------------------------------------------------------------------------------
@@ -277,6 +325,19 @@ class SuiteConfig(StrictModel):
         return [t.task for t in self.tasks] + ([self.probe.task] if self.probe else [])
 
 
+def _require_another_image(variant: VariantConfig, preset: PresetConfig) -> None:
+    if not (isinstance(variant.regularizer, PredictiveConfig) and variant.regularizer.anchor == "shuffled"):
+        return
+    for name in ("align", "instruct"):
+        stage: StageConfig = getattr(preset.train, name)
+        size = stage.batch_size // stage.gradient_accumulation_steps
+        if stage.steps > 0 and size < 2:
+            raise ValueError(
+                f"variant {variant.name}: anchor shuffled takes another image of the micro-batch, so "
+                f"train.{name}.batch_size / gradient_accumulation_steps must be at least 2 (is {size})"
+            )
+
+
 class StudyConfig(StrictModel):
     """A study: preset x suite x variants x seeds; `study.yaml`."""
 
@@ -297,7 +358,12 @@ class StudyConfig(StrictModel):
                     f"variant {variant.name}: regularizer.layer {layer} lies outside 1..{depth}, the decoder layers of "
                     f"preset {self.preset.name}"
                 )
+            _require_another_image(variant, self.preset)
         return self
+
+    def training_seed(self, variant: str, seed: int) -> int:
+        """Return the seed that decides initialisation and data order of a run: seed plus the variant's offset."""
+        return seed + next(v.seed_offset for v in self.variants if v.name == variant)
 
     def run_config(self, variant: str, seed: int) -> dict[str, Any]:
         """Return the resolved configuration of one run: everything that decides its weights."""
@@ -307,5 +373,5 @@ class StudyConfig(StrictModel):
             "data": self.preset.data.model_dump(mode="json"),
             "train": self.preset.train.model_dump(mode="json"),
             "regularizer": None if chosen.regularizer is None else chosen.regularizer.model_dump(mode="json"),
-            "seed": seed,
+            "seed": self.training_seed(variant, seed),
         }

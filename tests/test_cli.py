@@ -76,6 +76,38 @@ def test_dry_run_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("variants", "expected"),
+    [
+        ([], "baseline-s0, pre-s0, pre-shuffled-s0, pre-frozen-copy-s0, norm-penalty-s0, baseline-again-s0"),
+        (
+            ["--variants", "norm-penalty,baseline"],
+            "norm-penalty-s0, baseline-s0, pre-shuffled-s0, pre-frozen-copy-s0, baseline-again-s0",
+        ),
+    ],
+)
+def test_controls_are_added_once(tmp_path, variants, expected):
+    result = invoke("run", "--suite", "smoke", "--controls", "--results", tmp_path / "r", "--dry-run", *variants)
+    assert result.exit_code == 0, result.output
+    assert f"to train   {expected}\n" in result.output
+    without = invoke("run", "--suite", "smoke", "--results", tmp_path / "r", "--dry-run", *variants)
+    assert "baseline-again" not in without.output
+
+
+def test_help_names_the_controls():
+    text = " ".join(invoke("run", "--help").output.split())
+    assert "--controls" in text
+    for name in ("pre-shuffled", "pre-frozen-copy", "norm-penalty", "baseline-again"):
+        assert name in text.replace("- ", "-")
+
+
+def test_a_shuffled_anchor_needs_two_images(tmp_path):
+    for change in ("train.align.batch_size=1", "train.align.gradient_accumulation_steps=16"):
+        result = invoke("run", "--suite", "smoke", "--controls", "--set", change, "--results", tmp_path / "r")
+        assert_refused(result, "variant pre-shuffled", "train.align.batch_size", "must be at least 2 (is 1)")
+        assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--suite", "smok"], ["unknown suite 'smok'", "did you mean 'smoke'"]),

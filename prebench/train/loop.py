@@ -24,9 +24,11 @@ from prebench.errors import TrainingError
 from prebench.model.freezing import freeze_for_stage
 from prebench.model.visual_states import num_layers
 from prebench.runtime import choose_device, choose_dtype, derive_seed, logger, seed_everything
-from prebench.schema import RegularizerConfig, StageConfig, TrainConfig
+from prebench.schema import NormPenaltyConfig, RegularizerConfig, StageConfig, TrainConfig
 from prebench.train.features import FeatureCache
 from prebench.train.objective import LossTerms, Objective
+from prebench.train.regularizers.base import Regularizer
+from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
 
 STAGES = ("align", "instruct")
@@ -46,16 +48,18 @@ class TrainingInputs:
 
 def build_regularizer(
     config: RegularizerConfig | None, model: LlavaForConditionalGeneration, seed: int
-) -> PredictiveRegularizer | None:
+) -> Regularizer | None:
     """Return the variant's regularizer for this model, or None where the variant has none."""
     if config is None:
         return None
+    if isinstance(config, NormPenaltyConfig):
+        return NormPenaltyRegularizer(config, depth=num_layers(model))
     hidden_size = model.config.text_config.hidden_size
-    pre_llm = config.anchor == "pre_llm"
+    pre_projector = config.anchor == "pre_projector"
     return PredictiveRegularizer(
         config,
         hidden_size=hidden_size,
-        anchor_size=hidden_size if pre_llm else model.config.vision_config.hidden_size,
+        anchor_size=model.config.vision_config.hidden_size if pre_projector else hidden_size,
         depth=num_layers(model),
         generator=torch.Generator().manual_seed(derive_seed("predictor", seed)),
     )
@@ -63,7 +67,7 @@ def build_regularizer(
 
 def train(
     model: LlavaForConditionalGeneration,
-    regularizer: PredictiveRegularizer | None,
+    regularizer: Regularizer | None,
     config: TrainConfig,
     inputs: TrainingInputs,
     seed: int,
@@ -164,12 +168,16 @@ def _train_stage(
     model_parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(model_parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps)
-    predictor_parameters = list(regularizer.parameters()) if regularizer is not None else []
+    # A norm penalty has no predictor: nothing to optimise or to clip.
+    predictor = regularizer if isinstance(regularizer, PredictiveRegularizer) else None
+    predictor_parameters = list(predictor.parameters()) if predictor is not None else []
     predictor_optimizer = None
-    if regularizer is not None:
-        predictor_optimizer = torch.optim.AdamW(predictor_parameters, lr=regularizer.config.learning_rate)
+    if predictor is not None:
+        predictor_optimizer = torch.optim.AdamW(predictor_parameters, lr=predictor.config.learning_rate)
     wrapped = accelerator.prepare(objective)
     wrapped.train()
+    if regularizer is not None:
+        regularizer.begin_stage(model)  # after prepare: a frozen copy lies on the device where the model lies
     drift = _AnchorDrift(objective, inputs, accelerator.device)
     steps = _optimiser_steps(micro_batches, stage.gradient_accumulation_steps)
     for step, batches in enumerate(steps):
@@ -177,8 +185,8 @@ def _train_stage(
         terms, counts = _accumulate(accelerator, wrapped, batches, regularizer)
         norm = accelerator.clip_grad_norm_(model_parameters, stage.max_grad_norm)
         predictor_norm = None
-        if regularizer is not None:
-            predictor_norm = accelerator.clip_grad_norm_(predictor_parameters, regularizer.config.max_grad_norm)
+        if predictor is not None:
+            predictor_norm = accelerator.clip_grad_norm_(predictor_parameters, predictor.config.max_grad_norm)
         line = _log_line(accelerator, terms, counts, norm, predictor_norm, stage)
         _require_finite(line, name, step, batches)
         optimizer.step()
@@ -209,7 +217,7 @@ def _accumulate(
     accelerator: Accelerator,
     wrapped: Any,
     batches: list[Batch],
-    regularizer: PredictiveRegularizer | None,
+    regularizer: Regularizer | None,
 ) -> tuple[list[LossTerms], tuple[int, int]]:
     """Run forward and backward over the micro-batches, normalised by the counts of the global batch."""
     local = torch.tensor(

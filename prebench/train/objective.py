@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from prebench.data.collator import IGNORE_INDEX, Batch
 from prebench.model.builder import encode_images, vision_features
 from prebench.model.visual_states import VisualStates, capture
-from prebench.train.regularizers.predictive import PredictiveRegularizer
+from prebench.train.regularizers.base import Regularizer
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class LossTerms:
     lm_sum: Tensor
     """Cross-entropy summed over target tokens (nats)."""
     pre_sum: Tensor | None
-    """L_PRe summed over images; None without a regularizer."""
+    """The regularizer's loss summed over images, whatever its type; None without one."""
     anchor: Tensor
     """h_v^0, [M, D], detached: for the log."""
 
     def total(self, num_targets: int, num_images: int, weight: float) -> Tensor:
         """Return lm_loss + weight * pre_loss for this micro-batch's share of the global batch.
 
-        At weight 0 pre_sum comes from detached states, so adding it trains the predictor and changes nothing else: the
-        model's gradients are those of lm_loss bit for bit.
+        At weight 0 pre_sum comes from detached states, so adding it trains the predictor, if there is one, and changes
+        nothing else: the model's gradients are those of lm_loss bit for bit.
         """
         lm_loss = self.lm_sum / max(1, num_targets)
         if self.pre_sum is None or num_images == 0:
@@ -42,7 +42,7 @@ class LossTerms:
 class Objective(nn.Module):
     """Model and regularizer as one module, so that accelerate wraps, shards and synchronises them together."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, regularizer: PredictiveRegularizer | None) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, regularizer: Regularizer | None) -> None:
         super().__init__()
         self.model = model
         self.regularizer = regularizer

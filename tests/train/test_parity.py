@@ -10,29 +10,45 @@ import torch
 from prebench.config import diff, load_preset, load_suite, load_variant
 from prebench.data.collator import ExampleOrder
 from prebench.model.builder import build_model
-from prebench.schema import RegularizerConfig, StageConfig, StudyConfig, TrainConfig
+from prebench.schema import NormPenaltyConfig, PredictiveConfig, StageConfig, StudyConfig, TrainConfig
 from prebench.train.loop import _MicroBatches, build_accelerator, build_regularizer
 from prebench.train.objective import Objective
 from tests.conftest import TINY
 from tests.train.conftest import RECIPE
 
-WEIGHT_ZERO = RegularizerConfig(weight=0.0)
-PRE = RegularizerConfig(weight=0.5)
+WEIGHT_ZERO = PredictiveConfig(weight=0.0)
+PRE = PredictiveConfig(weight=0.5)
+EVERY_TYPE_AT_ZERO = [
+    WEIGHT_ZERO,
+    PredictiveConfig(weight=0.0, anchor="shuffled"),
+    PredictiveConfig(weight=0.0, anchor="frozen_copy"),
+    NormPenaltyConfig(weight=0.0),
+]
 
 
 def parameters(model):
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def test_weight_zero_equals_no_regularizer(run_training):
+@pytest.mark.parametrize("config", EVERY_TYPE_AT_ZERO, ids=repr)
+def test_weight_zero_equals_no_regularizer(run_training, config):
     plain, plain_log = run_training(None)
-    zero, zero_log = run_training(WEIGHT_ZERO)
+    zero, zero_log = run_training(config)
     for name, tensor in parameters(plain).items():
         assert torch.equal(tensor, parameters(zero)[name]), name
     for a, b in zip(plain_log, zero_log, strict=True):
         assert (a["lm_loss"], a["grad_norm"], a["batch_hash"]) == (b["lm_loss"], b["grad_norm"], b["batch_hash"])
     assert plain_log[0]["pre_loss"] is None
-    assert all(-1 <= line["pre_loss"] <= 1 for line in zero_log)
+    penalty = config.type == "norm_penalty"
+    assert all(line["pre_loss"] > 0 if penalty else -1 <= line["pre_loss"] <= 1 for line in zero_log)
+    assert all((line["predictor_grad_norm"] is None) == penalty for line in zero_log)
+
+
+@pytest.mark.parametrize("config", EVERY_TYPE_AT_ZERO[1:], ids=repr)
+def test_every_control_changes_the_model_at_a_weight(run_training, config):
+    zero, _ = run_training(config)
+    felt, _ = run_training(config.model_copy(update={"weight": 0.5}))
+    assert any(not torch.equal(p, parameters(zero)[name]) for name, p in parameters(felt).items())
 
 
 def test_regularized_run_starts_alike_and_then_differs(run_training):
@@ -82,11 +98,15 @@ def test_accumulation_does_not_change_the_loss(run_training, batch_size, accumul
         assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3)
 
 
-def test_gradients_of_the_model_ignore_a_weight_of_zero(inputs):
+@pytest.mark.parametrize("zero", EVERY_TYPE_AT_ZERO, ids=repr)
+def test_gradients_of_the_model_ignore_a_weight_of_zero(inputs, zero):
     gradients = []
-    for config in (None, WEIGHT_ZERO):
+    for config in (None, zero):
         model = build_model(TINY, inputs.processor.tokenizer, 0)
-        objective = Objective(model, build_regularizer(config, model, 0))
+        term = build_regularizer(config, model, 0)
+        if term is not None:
+            term.begin_stage(model)
+        objective = Objective(model, term)
         recipe = TrainConfig.model_validate(RECIPE)
         stage = StageConfig.model_validate(RECIPE["instruct"])
         order = ExampleOrder(inputs.data, stage, "instruct", 0)

@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 from prebench.errors import ModelError
 from prebench.model.visual_states import VisualStates, resolve_layer
-from prebench.schema import RegularizerConfig
+from prebench.schema import PredictiveConfig
 from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
 
 IMAGES, TOKENS, WIDTH = 3, 5, 8
 
 
 def build(**changes):
-    config = RegularizerConfig(weight=0.5, layer=2, **changes)
+    config = PredictiveConfig(weight=0.5, layer=2, **changes)
     generator = torch.Generator().manual_seed(1)
     size = WIDTH if config.anchor == "pre_llm" else 6
     return PredictiveRegularizer(config, hidden_size=WIDTH, anchor_size=size, depth=4, generator=generator)
@@ -57,7 +57,7 @@ def test_the_anchor_gets_no_gradient_and_the_layer_does():
 
 def test_weight_zero_reaches_the_predictor_alone():
     term = PredictiveRegularizer(
-        RegularizerConfig(weight=0, layer=2),
+        PredictiveConfig(weight=0, layer=2),
         hidden_size=WIDTH,
         anchor_size=WIDTH,
         depth=4,

@@ -11,13 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
 
-from prebench.model.visual_states import VisualStates, resolve_layer
-from prebench.schema import RegularizerConfig
+from prebench.model.visual_states import VisualStates
+from prebench.schema import PredictiveConfig
+from prebench.train.regularizers.anchors import FrozenProjector, of_previous_image
+from prebench.train.regularizers.base import Regularizer, token_shares
 
 
-class PredictiveRegularizer(nn.Module):
-    """The predictor f_pred and its loss. At weight 0 it reads detached states: fitted and logged, felt by nothing.
+class PredictiveRegularizer(Regularizer):
+    """The predictor f_pred and its loss; at weight 0 the predictor is fitted on detached states.
 
     Args:
         config: the variant's regularizer block.
@@ -27,18 +30,18 @@ class PredictiveRegularizer(nn.Module):
         generator: source of the predictor's initial weights, so that the global random state is never touched.
     """
 
+    config: PredictiveConfig
+
     def __init__(
         self,
-        config: RegularizerConfig,
+        config: PredictiveConfig,
         *,
         hidden_size: int,
         anchor_size: int,
         depth: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.layer = resolve_layer(config.layer, depth)
+        super().__init__(config, depth=depth)
         width = config.hidden_size or hidden_size
         first = nn.utils.skip_init(nn.Linear, hidden_size, width)
         second = nn.utils.skip_init(nn.Linear, width, anchor_size)
@@ -47,25 +50,27 @@ class PredictiveRegularizer(nn.Module):
             nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             nn.init.zeros_(linear.bias)
         self.predictor = nn.Sequential(first, nn.GELU(), second)
+        self._stage_start: FrozenProjector | None = None
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Return the decoder layers whose visual tokens are read: 0 (the anchor) and l."""
-        return (0, self.layer)
+    def begin_stage(self, model: LlavaForConditionalGeneration) -> None:
+        """Take the copy of the projector that the anchor "frozen_copy" reads in this stage."""
+        if self.config.anchor == "frozen_copy":
+            self._stage_start = FrozenProjector(model.model.multi_modal_projector)
 
     def forward(self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor) -> Tensor:
         """Return L_PRe summed over images (a scalar; divide by the number of images).
 
         Args:
             states: hidden states of this forward pass at `layers`.
-            vision_features: [I, N_p, A], the vision tower's output (the "pre_projector" anchor).
+            vision_features: [I, N_p, D_v], the vision tower's output; the anchors "pre_projector" and "frozen_copy"
+                read it, "shuffled" only counts its images.
             image_of_token: [M], which image each visual token belongs to, 0..I-1.
+
+        Raises:
+            TrainingError: the anchor is "shuffled" and there is one image alone.
         """
-        hidden_MD = states.at(self.layer)
-        if self.config.weight == 0:
-            hidden_MD = hidden_MD.detach()
-        pre_llm = self.config.anchor == "pre_llm"
-        anchor_MA = (states.at(0) if pre_llm else vision_features.flatten(0, 1)).detach()
+        hidden_MD = self.regularised(states)
+        anchor_MA = self._anchor(states, vision_features)
         share_M = token_shares(image_of_token)
         if self.config.level == "global":
             hidden_MD = pool_by_image(hidden_MD, image_of_token, share_M)
@@ -74,11 +79,17 @@ class PredictiveRegularizer(nn.Module):
         cosine_M = F.cosine_similarity(self.predictor(hidden_MD).float(), anchor_MA.float(), dim=-1)
         return -(cosine_M * share_M).sum()
 
-
-def token_shares(image_of_token: Tensor) -> Tensor:
-    """Return 1 / N_p of each token's image, [M] float32: a weighted sum over tokens is then a sum of image means."""
-    counts = torch.bincount(image_of_token)
-    return counts.clamp(min=1).float().reciprocal()[image_of_token]
+    def _anchor(self, states: VisualStates, vision_features: Tensor) -> Tensor:
+        """Return what is predicted, [M, A], without gradient."""
+        match self.config.anchor:
+            case "pre_projector":
+                return vision_features.flatten(0, 1).detach()
+            case "frozen_copy":
+                assert self._stage_start is not None, "begin_stage comes before the first forward pass"
+                return self._stage_start(vision_features)
+            case "shuffled":
+                return of_previous_image(states.at(0).detach(), len(vision_features))
+        return states.at(0).detach()
 
 
 def pool_by_image(tokens_MD: Tensor, image_of_token: Tensor, share_M: Tensor) -> Tensor:
