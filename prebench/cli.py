@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prebench import __version__
-from prebench.errors import ConfigError, PrebenchError, environment_error
+from prebench.errors import ConfigError, user_error
 
 if TYPE_CHECKING:
     from prebench.schema import StudyConfig
@@ -25,8 +25,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (PrebenchError, OSError) as error:
-            known = error if isinstance(error, PrebenchError) else environment_error(error)
+        except Exception as error:
+            known = user_error(error)
             if known is None:
                 raise
             click.echo(f"prebench: {' '.join(str(known).split())}", err=True)

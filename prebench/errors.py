@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -47,16 +49,22 @@ ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 """What a machine refuses, however right the program is: no room, no permission, a failing disk."""
 
 
-def environment_error(error: OSError) -> StoreError | None:
-    """Return the error to print for what the machine refused; None where the program itself is at fault.
+def user_error(error: Exception) -> PrebenchError | None:
+    """Return the error to print as one line; None where the program itself is at fault.
 
     Args:
-        error: an error that no stage has turned into one of its own.
+        error: an error of prebench, or what the machine refused, in Python's class for it or, from safetensors and
+            tokenizers, as a text that ends in "(os error 28)".
     """
-    if error.errno not in ENVIRONMENT:
+    if isinstance(error, PrebenchError):
+        return error
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(named[1]) if named else None
+    if number not in ENVIRONMENT:
         return None
-    where = f"{error.filename}: " if error.filename else ""
-    return StoreError(f"{where}{error.strerror}; what is finished is kept: make room or mend it, and start again")
+    where = getattr(error, "filename", None)
+    reason = f"{where}: {os.strerror(number)}" if where else str(error)
+    return StoreError(f"{reason}; what is finished is kept: make room or mend it, and start again")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,10 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import LlavaForConditionalGeneration
 
-from prebench.errors import StoreError
+from prebench.errors import StoreError, user_error
 from prebench.runtime import file_hash, git_commit, versions
 from prebench.store import read_json, write_json, write_text
 
@@ -76,7 +75,9 @@ def export(
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and user_error(error) is None:
+            raise
         raise StoreError(
             f"{folder}: the model can't be written ({error}); nothing was replaced and the finished runs are kept"
         ) from error

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prebench.config import validate
-from prebench.errors import EvaluationError, PrebenchError, environment_error
+from prebench.errors import EvaluationError, PrebenchError, user_error
 from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, find_task, plan
 from prebench.progress import ProgressLine, say
 from prebench.schema import SuiteConfig
@@ -231,8 +231,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         work = validate(Work, read_json(path), str(path))
         evaluate_runs(work, lambda t, d, n: send({"title": t, "done": d, "total": n}))
-    except (PrebenchError, OSError) as error:
-        known = error if isinstance(error, PrebenchError) else environment_error(error)
+    except Exception as error:
+        known = user_error(error)
         if known is None:
             raise
         send({"error": str(known)})
