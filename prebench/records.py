@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PROBE_FILE = "probe.parquet"
 """A run's probe values, `ProbeRow` by row."""
@@ -21,6 +21,11 @@ PROBE_HASHES = b"prebench_hashes"
 """Key of the hashes (JSON) in that file's metadata."""
 
 RecordT = TypeVar("RecordT")
+
+
+def documents_file(task: str) -> str:
+    """Return the file in a mirrored data set's folder that holds a `DocumentRecord` per document of a task."""
+    return f"{task}.documents.jsonl"
 
 
 def to_dict(record: Any) -> dict[str, Any]:
@@ -76,6 +81,21 @@ class SampleRecord:
     """The reason of a failure, one line."""
     category: str = ""
     """Question type, where the data set declares one (for break-downs)."""
+    question_type: str = ""
+    """What the generator of the questions calls it (`DocumentRecord`); "" where the mirror does not say."""
+    blind_score: float | None = None
+    """What guessing from the question's text scores on this document; None where the mirror does not say."""
+
+
+@dataclass(frozen=True)
+class DocumentRecord:
+    """What a mirror knows about one document beyond its data set's schema."""
+
+    doc_id: int
+    """Index of the document in the task's test split."""
+    question_type: str
+    blind_score: float
+    """The primary metric's score of the most frequent training answer to the same question text."""
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,14 @@ import yaml
 from prebench.data import easy_vqa, upstream
 from prebench.data.questions import Question, ask
 from prebench.data.references import TextPrior
-from prebench.data.scenes import generate_scene
 from prebench.errors import ConfigError, DataError, StoreError, did_you_mean
-from prebench.records import content_hash
+from prebench.records import DocumentRecord, content_hash, documents_file
 from prebench.runtime import file_hash
 from prebench.schema import SuiteConfig, TaskConfig
-from prebench.store import read_json, write_json
+from prebench.store import read_json, write_json, write_jsonl
 
 MANIFEST = "mirror.json"
-FORMAT = 1
+FORMAT = 2
 """Raised with every change of what the same request yields."""
 PRIOR_SCENES = 2000
 """Training scenes whose questions give the scores without a picture."""
@@ -55,7 +54,8 @@ def build_mirror(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
 
     Returns:
         The content of mirror.json: `tasks` maps each task to `repo`, `files` (hash by relative path), `data_source`,
-        `num_docs` and `references` (fractions `majority` and `blind`; none for the probe).
+        `num_docs` and `references` (fractions `majority` and `blind`; none for the probe). Beside each task's data lies
+        `documents_file(task)`: a `DocumentRecord` per document.
 
     Raises:
         ConfigError: a task has no embedded data, asks for more pictures than there are, or claims another source.
@@ -149,15 +149,21 @@ def _write_tasks(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
         benchmark = BUILDERS[task.task](task, suite.mirror_seed)
         prior = _easy_vqa_prior() if benchmark.data_source == "real" else _scenes_prior(suite.mirror_seed)
         references = prior.references(benchmark.documents)
-        entries[task.task] = {**_write(folder, benchmark), "references": references}
+        known = _known_documents(benchmark, prior)
+        entries[task.task] = {**_write(folder, benchmark, task.task, known), "references": references}
     if suite.probe is not None:
         benchmark = upstream.visual_probe(suite.probe, suite.mirror_seed)
-        entries[suite.probe.task] = {**_write(folder, benchmark), "references": {}}
+        entries[suite.probe.task] = {**_write(folder, benchmark, suite.probe.task, []), "references": {}}
     return entries
 
 
-def _write(folder: Path, benchmark: upstream.Benchmark) -> dict[str, Any]:
-    """Write one data set: a Parquet file per config, and the README that declares the configs."""
+def _known_documents(benchmark: upstream.Benchmark, prior: TextPrior) -> list[DocumentRecord]:
+    pairs = zip(benchmark.documents, prior.blind_scores(benchmark.documents), strict=True)
+    return [DocumentRecord(number, document.question.type, score) for number, (document, score) in enumerate(pairs)]
+
+
+def _write(folder: Path, benchmark: upstream.Benchmark, task: str, known: list[DocumentRecord]) -> dict[str, Any]:
+    """Write one data set: a Parquet file per config, the README that declares the configs, and what is known beside."""
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image
 
@@ -175,6 +181,8 @@ def _write(folder: Path, benchmark: upstream.Benchmark) -> dict[str, Any]:
     front = yaml.safe_dump({"configs": configs}, sort_keys=False)
     readme = f"---\n{front}---\n{_README[benchmark.data_source]}\n"
     (root / "README.md").write_text(readme, encoding="utf-8")
+    if known:
+        write_jsonl(root / documents_file(task), known)
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {
         "repo": benchmark.repo,
@@ -192,12 +200,14 @@ _README = {
 
 @cache
 def _scenes_prior(seed: int) -> TextPrior:
+    """Return the prior of training scenes with the test scenes' object counts (`upstream.benchmark_scene`)."""
+
     def questions() -> list[Question]:
         import numpy as np
 
         found = []
         for index in range(PRIOR_SCENES):
-            scene = generate_scene(seed, "train", index)
+            scene = upstream.benchmark_scene(seed, "train", index)
             found += ask(scene, np.random.default_rng([seed, index]), PRIOR_QUESTIONS)
         return found
 

@@ -19,6 +19,7 @@ from PIL import Image
 from prebench.data import easy_vqa
 from prebench.data.questions import (
     LETTERS,
+    PLACES,
     Question,
     absent_names,
     ask,
@@ -34,6 +35,7 @@ GQA_TYPES = {
     "existence": ("verify", "obj", "existAttr"),
     "color": ("query", "attr", "color"),
     "shape": ("query", "cat", "category"),
+    "position": ("query", "attr", "positionQuery"),
     "relation": ("verify", "rel", "relVerify"),
     "choose": ("choose", "attr", "chooseColor"),
     "logical": ("logical", "obj", "existAnd"),
@@ -46,6 +48,7 @@ VQA_TYPES = {
     "logical": "yes/no",
     "color": "other",
     "shape": "other",
+    "position": "other",
     "count": "number",
     "color_count": "number",
 }
@@ -90,6 +93,15 @@ def png(image: Image.Image) -> dict[str, Any]:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def benchmark_scene(seed: int, split: str, index: int) -> Scene:
+    """Return a scene of the benchmarks' world: the test scenes, and the training scenes of the blind prior.
+
+    Both have the generator's default object counts, whatever a preset trains on: with other counts "how many objects
+    are there?" would have another most frequent answer, and the blind score would not be the test questions'.
+    """
+    return generate_scene(seed, split, index)
 
 
 def gqa(task: TaskConfig, seed: int) -> Benchmark:
@@ -183,7 +195,8 @@ def _mistake(question: Question, rng: np.random.Generator) -> str:
         return "no" if question.answer == "yes" else "yes"
     if question.answer.isdigit():
         return str(abs(int(question.answer) + (1 if rng.random() < 0.5 else -1)))
-    others = [v for v in (COLORS if question.answer in COLORS else SHAPES) if v != question.answer]
+    kinds = (COLORS, SHAPES, tuple(place for row in PLACES for place in row))
+    others = [v for kind in kinds if question.answer in kind for v in kind if v != question.answer]
     return others[int(rng.integers(len(others)))]
 
 
@@ -316,7 +329,7 @@ def visual_probe(probe: ProbeConfig, seed: int) -> Benchmark:
 
 def _test_scenes(name: str, task: TaskConfig, seed: int) -> Iterator[tuple[Scene, np.random.Generator]]:
     for index in range(FIRST_SCENE[name], FIRST_SCENE[name] + task.num_images):
-        yield generate_scene(seed, "test", index), scene_rng(seed, "test", index, stream=2)
+        yield benchmark_scene(seed, "test", index), scene_rng(seed, "test", index, stream=2)
 
 
 def _sample(names: list[str], count: int, rng: np.random.Generator) -> list[str]:

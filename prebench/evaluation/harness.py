@@ -20,17 +20,26 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.tasks import TaskManager, get_task_dict
 from tenacity import RetryError
 
-from prebench.errors import EvaluationError
+from prebench.errors import EvaluationError, StoreError
 from prebench.evaluation import scores
 from prebench.evaluation.adapter import late_messages, probe_answers
 from prebench.evaluation.engine import Answer, Engine, GenerationRequest, greedy_settings, one_line
 from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
 from prebench.evaluation.prompts import DOCUMENT_ERRORS
 from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource
-from prebench.records import PROBE_FILE, PROBE_HASHES, ProbeRow, SampleRecord, TaskRecord
+from prebench.records import (
+    PROBE_FILE,
+    PROBE_HASHES,
+    DocumentRecord,
+    ProbeRow,
+    SampleRecord,
+    TaskRecord,
+    documents_file,
+    from_dict,
+)
 from prebench.runtime import versions
 from prebench.schema import TaskConfig
-from prebench.store import read_json, write_bytes, write_jsonl, write_record
+from prebench.store import read_json, read_jsonl, write_bytes, write_jsonl, write_record
 
 MODEL_NAME = "prebench"
 """Under which tasks look for model-specific prompts: one name for all variants, so that prompts agree."""
@@ -47,6 +56,7 @@ class LoadedTask:
 
         Raises:
             EvaluationError: the task needs a judge, does not generate, or its data can't be loaded.
+            StoreError: the mirror's file about the documents is damaged.
         """
         scores.require_judge_free(source.task)
         self.name = source.task
@@ -60,6 +70,7 @@ class LoadedTask:
         self.documents = self.task.eval_docs
         self.bare = self.task.eval_docs_no_media
         self.image_ids = scores.image_ids(self.name, self.documents)
+        self.known = _known(Path(source.dataset_path) / documents_file(self.name), len(self.documents))
 
     def instances(self) -> dict[int, Instance]:
         """Return fresh requests by document id."""
@@ -129,16 +140,19 @@ def evaluate_task(
     answers = _answers(engine, loaded, instances, f"{run.name} {loaded.name}", progress)
     texts = {doc_id: answer.text for doc_id, answer in answers.items() if answer.text is not None}
     results = loaded.results(instances, texts)
-    samples = [_sample(loaded, config, instances[d], answers[d], results.get(d)) for d in sorted(instances)]
+    outcomes = {doc_id: results.get(doc_id, str(answers[doc_id].error)) for doc_id in sorted(instances)}
+    scored = scores.document_scores(loaded.name, config.primary_metric, loaded.image_ids, outcomes)
+    samples = [_sample(loaded, instances[doc_id], answers[doc_id], scored[doc_id]) for doc_id in sorted(instances)]
     failed = [sample for sample in samples if sample.error is not None]
     if len(failed) > request.max_error_share * len(samples):
         raise EvaluationError(
             f"{run.name} {loaded.name}: {len(failed)} of {len(samples)} documents failed, more than "
             f"{request.max_error_share:.1%} (document {failed[0].doc_id}: {failed[0].error})"
         )
-    scored = [sample.score for sample in samples if sample.score is not None]
+    values = [sample.score for sample in samples if sample.score is not None]
     with tempfile.TemporaryDirectory(prefix="prebench-") as output:
-        kept = [result for _, result in sorted(results.items()) if isinstance(result, dict)]
+        # What has no score enters no aggregate: upstream would judge a question by the rotations that are left.
+        kept = [result for d, result in outcomes.items() if isinstance(result, dict) and not isinstance(scored[d], str)]
         metrics = loaded.aggregate(kept, Path(output))
     record = TaskRecord(
         task=loaded.name,
@@ -146,7 +160,7 @@ def evaluate_task(
         variant=run.variant,
         seed=run.seed,
         primary_metric=config.primary_metric,
-        score=sum(scored) / len(scored) if scored else None,
+        score=sum(values) / len(values) if values else None,
         metrics=metrics,
         n=len(samples),
         n_errors=len(failed),
@@ -207,15 +221,25 @@ def _answers(
     return answers
 
 
-def _sample(
-    loaded: LoadedTask, config: TaskConfig, instance: Instance, answer: Answer, result: dict[str, Any] | str | None
-) -> SampleRecord:
+def _known(path: Path, num_documents: int) -> dict[int, DocumentRecord]:
+    """Return what the mirror knows about a task's documents, by document id; nothing where it has no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = [from_dict(DocumentRecord, values) for values in read_jsonl(path)]
+    except KeyError as error:
+        raise StoreError(f"{path.resolve()}: {error.args[0]}; delete the mirror to build it again") from error
+    if [record.doc_id for record in found] != list(range(num_documents)):
+        raise StoreError(
+            f"{path.resolve()}: {len(found)} documents, but the task has {num_documents}; delete the mirror to build "
+            "it again"
+        )
+    return {record.doc_id: record for record in found}
+
+
+def _sample(loaded: LoadedTask, instance: Instance, answer: Answer, score: float | str) -> SampleRecord:
     document = loaded.bare[instance.doc_id]
-    error = answer.error if answer.text is None else result if isinstance(result, str) else None
-    score = None
-    if error is None:
-        assert isinstance(result, dict)
-        score = scores.document_score(loaded.name, config.primary_metric, result)
+    known = loaded.known.get(instance.doc_id)
     return SampleRecord(
         doc_id=instance.doc_id,
         image_id=loaded.image_ids[instance.doc_id],
@@ -224,9 +248,11 @@ def _sample(
         question=str(instance.args[0]),
         target=scores.target(loaded.name, document, loaded.task.doc_to_target),
         response=answer.text,
-        score=score,
-        error=error,
+        score=None if isinstance(score, str) else score,
+        error=score if isinstance(score, str) else None,
         category=scores.category(loaded.name, document),
+        question_type=known.question_type if known else "",
+        blind_score=known.blind_score if known else None,
     )
 
 

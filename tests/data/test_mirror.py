@@ -71,6 +71,31 @@ def test_manifest(mirror):
     assert [p.name for p in folder.parent.iterdir()] == ["mirror"]
 
 
+def test_every_document_has_a_type_and_a_blind_score(mirror):
+    folder, manifest = mirror
+    types = {}
+    for task in TASKS:
+        entry = manifest["tasks"][task]
+        path = f"{entry['repo']}/{task}.documents.jsonl"
+        assert path in entry["files"]
+        known = [json.loads(line) for line in (folder / path).read_text().splitlines()]
+        assert [row["doc_id"] for row in known] == list(range(entry["num_docs"]))
+        mean = sum(row["blind_score"] for row in known) / len(known)
+        assert mean == pytest.approx(entry["references"]["blind"], abs=1e-12)
+        types[task] = {row["question_type"] for row in known}
+    assert {"position", "color", "relation"} <= types["gqa"] & types["vqav2_val"]
+    assert types["pope"] == {"existence"} and types["mmbench_en_dev_static"] == {"multiple_choice"}
+    assert types["prebench_easy_vqa"] == {"color", "shape", "existence", "negation"}
+    assert not [name for name in manifest["tasks"]["prebench_visual_probe"]["files"] if "documents" in name]
+
+
+def test_blind_mmbench_is_a_guess_among_four_options(tmp_path):
+    tasks = [suite(150).tasks[3].model_dump()]
+    references = build_mirror(tmp_path / "mirror", suite(tasks=tasks, probe=None))["tasks"]
+    found = references["mmbench_en_dev_static"]["references"]
+    assert found["majority"] == 0 and 0.15 < found["blind"] < 0.45
+
+
 def test_a_second_build_touches_nothing(mirror):
     folder, manifest = mirror
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
@@ -139,7 +164,7 @@ found = {}
 gqa = load_dataset("lmms-lab-encoder/GQA", "testdev_balanced_instructions", split="testdev", token=True)
 images = load_dataset("lmms-lab-encoder/GQA", "testdev_balanced_images", split="testdev", token=True)
 pictures = {row["id"]: row["image"].convert("RGB").size for row in images}
-found["gqa"] = [len(gqa), len(pictures), all(pictures[i] == (64, 64) for i in gqa["imageId"])]
+found["gqa"] = [len(gqa), len(pictures), all(pictures[i] == (96, 96) for i in gqa["imageId"])]
 
 vqa = load_dataset("lmms-lab-encoder/VQAv2", token=True)["validation"]
 found["vqa"] = sum(vqav2_process_results_val(d, [d["multiple_choice_answer"]])["exact_match"] for d in vqa) / len(vqa)
@@ -200,4 +225,4 @@ def test_datasets_and_upstream_code_read_the_mirror_offline(mirror, tmp_path: Pa
     assert found["probe"] == [names.split(), {"train": 6, "val": 3, "test": 4}, "L"]
     most, objects, named, shapes = found["mask"]
     assert most == objects == named
-    assert shapes == 6
+    assert shapes == 5

@@ -1,6 +1,6 @@
 import pytest
 
-from prebench.data.questions import Question
+from prebench.data.questions import LETTERS, Question, options_text
 from prebench.data.references import Document, TextPrior
 
 PRIOR = TextPrior(
@@ -28,3 +28,30 @@ def test_a_group_counts_only_together():
     texts = ["what color is the square?", "what color is the circle?"]
     documents = [Document(Question("color", text, ""), {"blue": 1.0}, group="1") for text in texts]
     assert PRIOR.references(documents)["blind"] == 0
+    assert PRIOR.blind_scores(documents) == [0, 0]  # the first alone would be right
+
+
+def choice(options: list[str], answer: str) -> Question:
+    text = f"what color is the circle? {options_text(options)}"
+    return Question("multiple_choice", text, LETTERS[options.index(answer)])
+
+
+def test_a_blind_guesser_prefers_an_option_not_a_letter():
+    options = ["blue", "green", "red", "teal"]
+    prior = TextPrior([choice(options, "red")] * 2 + [choice(options[::-1], "blue")])
+    rotations = [options[shift:] + options[:shift] for shift in range(4)]
+    guesses = [prior.guess(choice(rotated, "blue")) for rotated in rotations]
+    assert guesses == [LETTERS[rotated.index("red")] for rotated in rotations]
+    documents = [
+        Document(question, {question.answer: 1.0}, group=right)
+        for right in ("red", "blue")
+        for question in (choice(rotated, right) for rotated in rotations)
+    ]
+    assert prior.references(documents)["blind"] == 0.5
+    assert prior.blind_scores(documents) == [1] * 4 + [0] * 4
+    assert prior.references(documents)["majority"] == 0  # one letter is never right in all rotations
+
+
+def test_options_without_a_prior_are_still_guessed_alike_in_all_rotations():
+    for options in (["teal", "red"], ["red", "teal"]):
+        assert PRIOR.guess(choice(options, "red")) == LETTERS[options.index("red")]

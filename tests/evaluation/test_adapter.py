@@ -128,12 +128,18 @@ class _Columns(dict):
         return len(next(iter(self.values())))
 
 
+def _score(task: str, metric: str, result: dict) -> float | str:
+    return scores.document_scores(task, metric, ["7"], {0: result})[0]
+
+
 def test_document_scores() -> None:
-    assert scores.document_score("gqa", "exact_match", {"exact_match": True}) == 1.0
-    assert scores.document_score("vqav2_val", "exact_match", {"exact_match": 0.6}) == 0.6
-    assert scores.document_score("pope", "pope_accuracy", {"pope_accuracy": {"score": 1.0}}) == 1.0
+    assert _score("gqa", "exact_match", {"exact_match": True}) == 1.0
+    assert _score("vqav2_val", "exact_match", {"exact_match": 0.6}) == 0.6
+    assert _score("pope", "pope_accuracy", {"pope_accuracy": {"score": 1.0}}) == 1.0
     with pytest.raises(EvaluationError, match="no metric 'acc'; it returned exact_match"):
-        scores.document_score("gqa", "acc", {"exact_match": 1})
+        _score("gqa", "acc", {"exact_match": 1})
+    with pytest.raises(EvaluationError, match="'pope_accuracy' gives str, no score per document"):
+        _score("pope", "pope_accuracy", {"pope_accuracy": "yes"})
     with pytest.raises(EvaluationError, match="take 'mmbench_en_dev_static'"):
         scores.require_judge_free("mmbench_en_dev")
 
@@ -143,7 +149,12 @@ def test_mmbench_rows_are_judged_by_upstreams_rules_and_never_at_random() -> Non
     item = {"index": 3, "question": "q", "answer": "B", "A": "cat", "B": "dog", "C": "fox", "D": "nan"}
     for prediction, expected in {"B": 1.0, "B. dog": 1.0, "A": 0.0, "a dog": 1.0, "no idea": 0.0, "": 0.0}.items():
         result = {"gpt_eval_score": item | {"prediction": prediction}}
-        assert scores.document_score("mmbench_en_dev_static", "gpt_eval_score", result) == expected, prediction
+        assert _score("mmbench_en_dev_static", "gpt_eval_score", result) == expected, prediction
+
+
+def test_one_failed_document_fails_alone_outside_mmbench() -> None:
+    results = {0: {"exact_match": 1.0}, 1: "cut off", 2: {"exact_match": 0.0}}
+    assert scores.document_scores("gqa", "exact_match", ["a", "a", "a"], results) == {0: 1.0, 1: "cut off", 2: 0.0}
 
 
 def test_fields_of_documents() -> None:
