@@ -25,7 +25,7 @@ SCORE_COLUMNS = (
     "majority", "blind", "weights_hash", "data_hash",
 )  # fmt: skip
 _PROBE_COLUMNS = tuple(f.name for f in dataclasses.fields(ProbeRow))
-_SAMPLE_COLUMNS = ("image_id", "prompt_hash", "image_hash", "score")
+_SAMPLE_COLUMNS = ("image_id", "prompt_hash", "image_hash", "score", "question_type", "blind_score")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ class Run:
     _cache: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def samples(self, task: str) -> pd.DataFrame:
-        """Return the documents of a task: index doc_id; image_id, prompt_hash, image_hash, score (NaN: failed).
+        """Return the documents of a task.
+
+        Returns:
+            Index doc_id; columns image_id, prompt_hash, image_hash, score (NaN: failed), question_type ("": not
+            known) and blind_score (NaN: not known).
 
         Raises:
             StoreError: the file is missing, damaged, or names a document twice.
@@ -231,7 +235,7 @@ def _read_samples(path: Path) -> pd.DataFrame:
         {name: [getattr(record, name) for record in records] for name in _SAMPLE_COLUMNS},
         index=pd.Index([record.doc_id for record in records], name="doc_id"),
     )
-    frame["score"] = frame["score"].astype(float)
+    frame = frame.astype({"score": float, "blind_score": float})
     # A document without an image is a cluster of its own; otherwise all of them would be one cluster.
     alone = frame["image_id"] == ""
     frame.loc[alone, "image_id"] = [f"document {doc_id}" for doc_id in frame.index[alone]]

@@ -1,4 +1,4 @@
-"""The tables of a study: scores.csv and tables/{main,probes,degradation,correlation} as CSV and LaTeX.
+"""The tables of a study: scores.csv and tables/{main,question_types,probes,degradation,correlation} as CSV and LaTeX.
 
 CSV holds fractions and is what to compute with; LaTeX prints per cent and is what to print. All of it is rebuilt from
 the records, and equal records give equal bytes.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prebench.analysis import degradation, statistics
+from prebench.analysis import degradation, question_types, statistics
 from prebench.analysis.compare import references
 from prebench.analysis.join import Run, Study, scores_frame
 from prebench.analysis.render import NOT_DEFINED, interval, latex_table, marked, p_value, percent, to_csv
@@ -49,6 +49,7 @@ def write_tables(study: Study) -> list[Path]:
     write_text(paths[0], to_csv(scores_frame(study)))
     makers: dict[str, Callable[[Study], tuple[pd.DataFrame, pd.DataFrame, str]]] = {
         "main": _main,
+        "question_types": question_types.table,
         "probes": _probes,
         "degradation": _degradation,
         "correlation": _correlation,

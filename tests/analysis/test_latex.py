@@ -41,7 +41,9 @@ def sources(make_study: StudyMaker, tmp_path: Path) -> dict[str, str]:
     folder = make_study({"baseline": 0.4, VARIANT: 0.7, "early": 0.5})
     for run in (folder / "runs").iterdir():
         for task in ("vqav2_val", "pope"):
-            write_task(run, task, LABELS[task], "generated", [sample(i, float(i % 2)) for i in range(40)])
+            kinds = [{"question_type": ("color_count", "relation")[i % 2], "blind_score": i % 3 / 2} for i in range(40)]
+            samples = [sample(i, float(i % 5 > 0), **kind) for i, kind in enumerate(kinds)]
+            write_task(run, task, LABELS[task], "generated", samples)
     config = yaml.safe_load((folder / "study.yaml").read_text())
     known = config["suite"]["tasks"]
     config["suite"]["tasks"] = [known[0], known[1], known[0] | {"task": "vqav2_val"}, known[0] | {"task": "pope"}]
@@ -76,7 +78,7 @@ def _compile(folder: Path, name: str, text: str, packages: str) -> str:
 
 
 def test_every_table_compiles_and_stays_inside_the_page(sources: dict[str, str], tmp_path: Path) -> None:
-    assert set(sources) == {"main", "probes", "degradation", "correlation", "compare"}
+    assert set(sources) == {"main", "question_types", "probes", "degradation", "correlation", "compare"}
     for name, text in sources.items():
         log = _compile(tmp_path, name, text, r"\usepackage{graphicx}")
         wide = [line for line in log.splitlines() if re.match(r"Overfull|LaTeX Warning: Float too large", line)]

@@ -146,7 +146,7 @@ def test_latex_is_complete_and_needs_booktabs_only(make_study: StudyMaker) -> No
     write_tables(study)
     sources = [path.read_text() for path in sorted((folder / "tables").glob("*.tex"))]
     sources.append(render(compare(study, "baseline", "pre_x"), "latex"))
-    assert len(sources) == 5
+    assert len(sources) == 6
     for text in sources:
         for name in (r"\begin", r"\end"):
             assert text.count(name) == 2
@@ -172,7 +172,7 @@ def test_latex_escapes_every_special_character() -> None:
 def test_tables_hold_the_numbers_of_the_records(make_study: StudyMaker) -> None:
     folder = make_study()
     paths = write_tables(load_study(folder))
-    assert all(path.is_file() for path in paths) and len(paths) == 9
+    assert all(path.is_file() for path in paths) and len(paths) == 11
     main = pd.read_csv(folder / "tables" / "main.csv", index_col="variant")
     values = [raw_mean(folder, f"pre-s{seed}") for seed in (0, 1, 2)]
     assert main.loc["pre", "GQA on scenes (generated)"] == pytest.approx(np.mean(values), abs=1e-6)
@@ -215,7 +215,7 @@ def test_repetition_gives_equal_bytes(make_study: StudyMaker) -> None:
         layer_curves(study, folder / "figures" / "layer_curves.svg")
         contents.append(files_of(folder))
         texts.append([summary_text(study), *(render(compare(study, "baseline", "pre"), f) for f in ("text", "csv"))])
-    assert contents[0] == contents[1] and len(contents[0]) == 10
+    assert contents[0] == contents[1] and len(contents[0]) == 12
     assert texts[0] == texts[1]
 
 
