@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from prebench.analysis import degradation
+from prebench.analysis import degradation, question_types
 from prebench.analysis.compare import (
     HIGHER,
     LOWER,
@@ -24,15 +24,13 @@ WIDTH = 100
 
 
 def summary_text(study: Study, width: int = WIDTH) -> str:
-    """Return the score table, degradation per variant and a verdict per variant, as plain text.
+    """Return the scores, by type of question too, degradation and a verdict per variant, as plain text.
 
     Raises:
         StoreError: a record is damaged.
     """
     parts = [_scores(study, width)]
-    table = _degradation(study, width)
-    if table:
-        parts.append(table)
+    parts += [table for table in (question_types.text(study, width), _degradation(study, width)) if table]
     parts.append("".join(f"{textwrap.fill(line, width)}\n" for line in _verdicts(study)))
     return "\n".join(parts).rstrip("\n")
 

@@ -12,6 +12,7 @@ import pytest
 
 from prebench.analysis import question_types
 from prebench.analysis.join import load_study
+from prebench.analysis.summary import summary_text
 from prebench.analysis.tables import write_tables
 from prebench.config import dump_yaml, validate
 from prebench.records import SampleRecord
@@ -125,6 +126,7 @@ def test_only_what_reads_the_picture_is_above_blind(tmp_path: Path, answers, see
     text = question_types.text(load_study(folder))
     line = next(line for line in text.splitlines() if line.startswith("scenes (generated): color"))
     assert line.count("*") == 1
+    assert line in summary_text(load_study(folder))
     tex = (folder / "tables" / "question_types.tex").read_text()
     assert "multiple" not in tex and r"\toprule" in tex and "existence" in tex
 
