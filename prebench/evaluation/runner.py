@@ -124,13 +124,9 @@ def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
     Raises:
         EvaluationError: tasks failed (all are named); what did not fail is written.
     """
-    from PIL import ImageFile
-
     from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
     from prebench.evaluation.harness import evaluate_probe, evaluate_task
 
-    # lmms-eval switches this on when imported: half a picture would be filled up with grey and asked about.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     request = work.request
     if request.probe is not None:
         from prebench.evaluation.probe_task import CONFIG_VARIABLE
@@ -161,12 +157,19 @@ def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
 
 def _load(task: str) -> Any:
     """Return the loaded task, or the error that every run will report."""
+    from PIL import ImageFile
+
     from prebench.evaluation.harness import LoadedTask
 
+    # lmms-eval switches this on when imported, and half a picture would be filled up with grey and asked about. While
+    # it loads a task it looks at the first document; that this one is damaged is no reason to lose the others.
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         return LoadedTask(find_task(task))
     except PrebenchError as error:
         return error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def _environment(cache: Path) -> dict[str, str]:
