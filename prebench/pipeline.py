@@ -119,7 +119,7 @@ def _origin(config: StudyConfig) -> dict[str, str]:
     """Return what decides a run's weights besides its configuration: pretrained parts and numeric precision."""
     from prebench.model.builder import parts_hash
 
-    return {"parts_hash": parts_hash(config.preset.model.vision_tower), "dtype": _dtype(config)}
+    return {"parts_hash": parts_hash(config.preset.model), "dtype": _dtype(config)}
 
 
 def _dtype(config: StudyConfig) -> str:
@@ -234,8 +234,9 @@ def _train_run(run: Run, config: StudyConfig, inputs: Any) -> None:
 
 def _write_line(file: Any, path: Path, entry: dict[str, Any]) -> None:
     try:
-        file.write(json.dumps(entry, sort_keys=True) + "\n")
-        file.flush()
+        rest = (json.dumps(entry, sort_keys=True) + "\n").encode()
+        while rest:
+            rest = rest[file.write(rest) :]
     except OSError as error:
         raise StoreError(f"{path}: can't be written ({error.strerror}); the runs finished so far are kept") from error
 
@@ -243,6 +244,6 @@ def _write_line(file: Any, path: Path, entry: dict[str, Any]) -> None:
 def _open_log(path: Path) -> Any:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
+        return path.open("wb", buffering=0)  # a buffer would fail once more when it is closed, and hide the reason
     except OSError as error:
         raise StoreError(f"{path}: can't be written ({error.strerror})") from error

@@ -170,12 +170,17 @@ class VisionTowerConfig(StrictModel):
 
 
 class LanguageModelConfig(StrictModel):
-    """A small Llama, from scratch (its initial scale decides whether it learns: docs/experiments.md)."""
+    """A small Llama: shipped with the package, a local folder, or from scratch.
 
-    hidden_size: int = Field(96, gt=0)
+    From scratch its initial scale decides whether it learns (docs/experiments.md).
+    """
+
+    pretrained: str | None = None
+    """`embedded` (ships with prebench), a local Hugging Face folder, or null for random weights."""
+    hidden_size: int = Field(64, gt=0)
     num_hidden_layers: int = Field(6, gt=0)
     num_attention_heads: int = Field(4, gt=0)
-    intermediate_size: int = Field(256, gt=0)
+    intermediate_size: int = Field(192, gt=0)
     max_position_embeddings: int = Field(1024, gt=0)
     initializer_range: float = Field(0.1, gt=0)
     embedding_std: float = Field(0.3, gt=0)

@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from prebench.errors import DataError
 
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 NUM_VALIDATION = 400
 """The last pictures of the package's training split; 3,600 are left for training."""
 REINSTALL = "install it again: pip install --force-reinstall --no-deps easy-vqa"
@@ -58,6 +60,13 @@ def open_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise DataError(f"{path}: not a readable picture ({error}); {REINSTALL}") from error
+
+
+def shape_and_color(pairs: list[tuple[str, str]]) -> tuple[str | None, str | None]:
+    """Return the shape and the colour that a picture's questions give away, each None where none does."""
+    answers = [answer for _, answer in pairs]
+    shape = next((a for a in answers if a in SHAPES), None)
+    return shape, next((a for a in answers if a in COLORS), None)
 
 
 def question_type(text: str) -> str:

@@ -69,11 +69,15 @@ class TrainingData:
         return easy_vqa.open_image(easy_vqa.load("train").image_paths[_number(image_id)])
 
     def caption(self, image_id: str) -> Example | None:
-        """Return the captioning example of a scene; None for a picture without a caption."""
-        if not image_id.startswith(SCENE_PREFIX):
-            return None
-        messages = conversation([(CAPTION_PROMPT, caption(self._scene(image_id)))])
-        return Example(image_id, messages, "caption")
+        """Return a picture's captioning example; None where its questions don't tell what it shows."""
+        if image_id.startswith(SCENE_PREFIX):
+            text = caption(self._scene(image_id))
+        else:
+            shape, color = easy_vqa.shape_and_color(easy_vqa.load("train").questions[_number(image_id)])
+            if shape is None or color is None:
+                return None
+            text = f"a {color} {shape}"
+        return Example(image_id, conversation([(CAPTION_PROMPT, text)]), "caption")
 
     def conversation(self, image_id: str, rng: np.random.Generator) -> Example:
         """Return several questions about one picture, drawn anew with each call.

@@ -40,9 +40,9 @@ SHARES = {
     "shape": 0.16,
     "count": 0.05,
     "color_count": 0.114,
-    "position": 0.08,
+    "position": 0.12,
     "relation": 0.14,
-    "multiple_choice": 0.07,
+    "multiple_choice": 0.04,
     "choose": 0.04,
     "logical": 0.04,
     "rare": 0.016,
@@ -150,7 +150,7 @@ def _color(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     item = _unique_color(scene, rng)
-    return None if item is None else Question("shape", f"what shape is the {item.color} object?", item.shape)
+    return None if item is None else Question("shape", f"which shape is {item.color}?", item.shape)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question:
@@ -162,16 +162,14 @@ def _color_count(scene: Scene, rng: np.random.Generator) -> Question:
     # First the number, then a colour that occurs so often: otherwise most answers would be 0 or 1.
     number = _pick(rng, sorted({counts[color] for color in COLORS}))
     color = _pick(rng, [color for color in COLORS if counts[color] == number])
-    return Question("color_count", f"how many {color} objects are there?", str(number))
+    return Question("color_count", f"how many objects are {color}?", str(number))
 
 
 def _position(scene: Scene, rng: np.random.Generator) -> Question | None:
-    item = _unique_shape(scene, rng) if rng.random() < 0.5 else None
-    name = item.shape if item else None
+    item = _unique_shape(scene, rng)
     if item is None:
-        item = _unique_color(scene, rng)
-        name = f"{item.color} object" if item else None
-    return None if item is None else Question("position", f"where is the {name}?", PLACES[item.row][item.col])
+        return None
+    return Question("position", f"where is the {item.shape}?", PLACES[item.row][item.col])
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:

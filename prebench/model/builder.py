@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -20,40 +23,46 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from prebench.data.scenes import generate_scene, render
 from prebench.errors import ModelError, StoreError
 from prebench.model.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN
 from prebench.records import content_hash
 from prebench.runtime import derive_seed, file_hash
-from prebench.schema import ModelConfig, VisionTowerConfig
+from prebench.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from prebench.store import read_json
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 MANIFEST = "manifest.json"
+NUM_START_IMAGES = 128
+WHITENING_FLOOR = 0.05
+"""Added to the eigenvalues, in units of their mean, so that noise is not blown up."""
 
 
-def parts_hash(config: VisionTowerConfig) -> str:
-    """Return one content hash of the pretrained parts that a run starts from: tower and tokenizer.
+def parts_hash(config: ModelConfig) -> str:
+    """Return one content hash of the pretrained parts that a run starts from: tokenizer, tower and language model.
 
     Raises:
-        ModelError: the tower's folder is missing, or a part is damaged.
+        ModelError: a part's folder is missing, or a part is damaged.
     """
     folders = [PRETRAINED / "tokenizer"]
     check_part(folders[0])
-    if config.pretrained is not None:
-        folders.append(tower_folder(config))
+    for part in ("vision_tower", "language_model"):
+        pretrained = getattr(config, part).pretrained
+        if pretrained is not None:
+            folders.append(part_folder(part, pretrained))
     files = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors")]
     return content_hash([[path.name, file_hash(path)] for path in files])
 
 
-def tower_folder(config: VisionTowerConfig) -> Path:
-    """Return the folder of the pretrained tower.
+def part_folder(part: str, pretrained: str) -> Path:
+    """Return the folder of a pretrained part, `vision_tower` or `language_model`.
 
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    folder = PRETRAINED / "vision_tower" if config.pretrained == "embedded" else Path(str(config.pretrained))
+    folder = PRETRAINED / part if pretrained == "embedded" else Path(pretrained)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no vision tower here; `prebench pretrain` makes the embedded one")
+        raise ModelError(f"{folder}: no {part.replace('_', ' ')} here; `prebench pretrain` makes the embedded one")
     check_part(folder)
     return folder
 
@@ -127,34 +136,37 @@ def vision_config(config: VisionTowerConfig) -> SiglipVisionConfig:
     )
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """Build the model in float32 on the CPU; the same seed gives the same bits.
-
-    The tower's weights come from `config.vision_tower.pretrained`; projector and LM start at random. Embeddings and the
-    projector's output start at the scales that the config names: visual and text tokens of very different norm leave a
-    small LM at chance (docs/experiments.md).
-
-    Raises:
-        ModelError: the pretrained tower is missing or has another shape than the config.
-    """
-    language = config.language_model
-    text_config = LlamaConfig(
+def text_config(config: LanguageModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Return the language model's configuration (a Llama with embeddings and LM head apart)."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=language.hidden_size,
-        intermediate_size=language.intermediate_size,
-        num_hidden_layers=language.num_hidden_layers,
-        num_attention_heads=language.num_attention_heads,
-        num_key_value_heads=language.num_attention_heads,
-        max_position_embeddings=language.max_position_embeddings,
-        initializer_range=language.initializer_range,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        initializer_range=config.initializer_range,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """Build the model in float32 on the CPU; the same seed gives the same bits.
+
+    Tower and LM come from their `pretrained`, or start at random; the projector always starts at random. Embeddings and
+    the projector's output start at the scales that the config names: visual and text tokens of very different norm
+    leave a small LM at chance (docs/experiments.md).
+
+    Raises:
+        ModelError: a pretrained part is missing or damaged, or has another shape than the config.
+    """
     llava_config = LlavaConfig(
         vision_config=vision_config(config.vision_tower),
-        text_config=text_config,
+        text_config=text_config(config.language_model, tokenizer),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=(config.vision_tower.image_size // config.vision_tower.patch_size) ** 2,
         vision_feature_layer=-1,
@@ -168,55 +180,84 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("model", seed))
         model = LlavaForConditionalGeneration(llava_config)
-    if config.vision_tower.pretrained is not None:
-        load_vision_tower(model, config.vision_tower)
-    _scale_start(model, config, generator)
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.weight.data.normal_(0.0, config.language_model.embedding_std, generator=generator)
+    for part in ("vision_tower", "language_model"):
+        pretrained = getattr(config, part).pretrained
+        if pretrained is not None:
+            _load_part(model, part, pretrained)
+    _start_projector(model, config, generator)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.float()
 
 
-def load_vision_tower(model: LlavaForConditionalGeneration, config: VisionTowerConfig) -> None:
-    """Copy pretrained weights into the model's vision tower.
+def _load_part(model: LlavaForConditionalGeneration, part: str, pretrained: str) -> None:
+    """Copy a pretrained part's weights into the model.
 
     Raises:
-        ModelError: the folder is missing or its shapes differ from the config's.
+        ModelError: the folder is missing or damaged, or its shapes or settings differ from the config's.
     """
-    folder = tower_folder(config)
-    expected = vision_config(config)
+    folder = part_folder(part, pretrained)
+    tower = part == "vision_tower"
+    expected: Any = model.config.vision_config if tower else model.config.text_config
+    settings: tuple[str, ...] = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+    if not tower:
+        settings = ("hidden_act", "rms_norm_eps", "num_attention_heads", "num_key_value_heads", "rope_parameters")
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if found.model_type != expected.model_type:
-            raise ModelError(f"{folder}: a {found.model_type} tower; prebench builds {expected.model_type} towers")
-        for name in ("hidden_act", "layer_norm_eps", "num_attention_heads"):
+            raise ModelError(f"{folder}: a {found.model_type} model; prebench builds {expected.model_type} here")
+        for name in settings:
             if getattr(found, name) != getattr(expected, name):
-                raise ModelError(
-                    f"{folder}/config.json: {name} is {getattr(found, name)}, model.vision_tower has "
-                    f"{getattr(expected, name)}"
-                )
-        tower = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+                values = f"{name} is {getattr(found, name)}, model.{part} has {getattr(expected, name)}"
+                raise ModelError(f"{folder}/config.json: {values}")
+        kind = SiglipVisionModel if tower else LlamaForCausalLM
+        loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the vision tower can't be read ({str(error).splitlines()[0]})") from error
+        raise ModelError(
+            f"{folder}: the {part.replace('_', ' ')} can't be read ({str(error).splitlines()[0]})"
+        ) from error
+    inner: Any = model.model
     try:
-        model.model.vision_tower.load_state_dict(tower.state_dict(), strict=True)
+        if tower:
+            inner.vision_tower.load_state_dict(loaded.state_dict(), strict=True)
+        else:
+            inner.language_model.load_state_dict(loaded.model.state_dict(), strict=True)
+            model.lm_head.load_state_dict(loaded.lm_head.state_dict(), strict=True)
     except RuntimeError as error:
         summary = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ModelError(f"{folder}: the tower's shape differs from model.vision_tower: {summary}") from error
+        raise ModelError(f"{folder}: the shape differs from model.{part}: {summary}") from error
 
 
 @torch.no_grad()
-def _scale_start(model: LlavaForConditionalGeneration, config: ModelConfig, generator: torch.Generator) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    embeddings.weight.normal_(0.0, config.language_model.embedding_std, generator=generator)
+def _start_projector(model: LlavaForConditionalGeneration, config: ModelConfig, generator: torch.Generator) -> None:
+    """Let the projector start at random directions of whitened features, at the scale that the config names.
+
+    A tower's output has few large directions (background, colour) and many small ones (shape, position). A plain random
+    start passes these proportions on, and a small LM then learns what is small last, or never (docs/experiments.md).
+    """
     projector: Any = model.model.multi_modal_projector
+    features = vision_features(model, _start_images(config.vision_tower.image_size)).flatten(0, 1)
+    mean = features.mean(0)
+    centred = features - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(features))
+    whiten = vectors @ torch.diag((values + WHITENING_FLOOR * values.mean()).rsqrt()) @ vectors.T
     for linear in (projector.linear_1, projector.linear_2):
         nn.init.normal_(linear.weight, 0.0, linear.in_features**-0.5, generator=generator)
         nn.init.zeros_(linear.bias)
-    size = config.vision_tower.image_size
-    images = torch.rand((8, 3, size, size), generator=generator) * 2 - 1
-    output: Tensor = projector(vision_features(model, images))
-    projector.linear_2.weight.mul_(config.projector_std / output.std())
+    projector.linear_1.weight.copy_(projector.linear_1.weight @ whiten)
+    projector.linear_1.bias.copy_(-projector.linear_1.weight @ mean)
+    projector.linear_2.weight.mul_(config.projector_std / projector(features).std())
+
+
+def _start_images(size: int) -> Tensor:
+    """Return pictures of the pretraining split, [NUM_START_IMAGES, 3, size, size] in -1..1: the same for every run."""
+    pictures = [render(generate_scene(0, "pretrain", index))[0] for index in range(NUM_START_IMAGES)]
+    pixels = torch.stack([torch.from_numpy(np.asarray(picture).copy()) for picture in pictures])
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images if images.shape[-1] == size else F.interpolate(images, size=(size, size), mode="bilinear")
 
 
 @torch.no_grad()

@@ -12,20 +12,21 @@ PAD_TOKEN = "<pad>"  # noqa: S105
 BOS_TOKEN = "<s>"  # noqa: S105
 EOS_TOKEN = "</s>"  # noqa: S105
 USER_TOKEN = "<|user|>"  # noqa: S105
-ASSISTANT_TOKEN = "<|assistant|>"  # noqa: S105
-SPECIAL_TOKENS = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, IMAGE_TOKEN, USER_TOKEN, ASSISTANT_TOKEN]
+SPECIAL_TOKENS = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, IMAGE_TOKEN, USER_TOKEN]
 
 # Images come first in a turn and text follows without a separator, so that nothing stands between the picture and the
-# question; plain-string content (as lmms-eval's simple models send it) passes through unchanged.
+# question. The answer follows without a mark of its own: the fewer tokens stand between key word and answer, the sooner
+# a small model finds it (docs/experiments.md). Plain-string content (as lmms-eval's simple models send it) passes
+# unchanged.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'user' %}{{ '<|user|>' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<image>' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -58,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 640, phrases: Sequen
         pad_token=PAD_TOKEN,
         bos_token=BOS_TOKEN,
         eos_token=EOS_TOKEN,
-        additional_special_tokens=[IMAGE_TOKEN, USER_TOKEN, ASSISTANT_TOKEN],
+        additional_special_tokens=[IMAGE_TOKEN, USER_TOKEN],
         chat_template=CHAT_TEMPLATE,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
