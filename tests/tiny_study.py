@@ -31,6 +31,7 @@ SETTINGS = {
     "model.vision_tower.hidden_size": 32,
     "model.vision_tower.num_hidden_layers": 1,
     "model.vision_tower.intermediate_size": 32,
+    "model.language_model.pretrained": "null",
     "model.language_model.hidden_size": 32,
     "model.language_model.num_hidden_layers": 4,
     "model.language_model.intermediate_size": 64,

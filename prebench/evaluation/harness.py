@@ -272,7 +272,9 @@ def _write_parquet(path: Path, rows: list[ProbeRow], hashes: dict[str, str]) -> 
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what a tenacity RetryError hides."""
+    """Return what a tenacity RetryError or an error of datasets hides, such as a full disk."""
     attempt = getattr(error, "last_attempt", None)
-    found = attempt.exception() if attempt is not None else None
-    return found or error
+    found = (attempt.exception() if attempt is not None else None) or error
+    while isinstance(found, DatasetsError) and found.__cause__ is not None:
+        found = found.__cause__
+    return found

@@ -1,0 +1,243 @@
+"""Damaged data, damaged weights, a full disk, results that do not fit together: one line, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from prebench.cli import main
+from prebench.errors import ModelError
+from prebench.model import builder
+from prebench.records import TaskRecord
+from prebench.runtime import file_hash
+from prebench.schema import ModelConfig
+from prebench.store import read_json, read_jsonl, read_record, write_json
+from tests.tiny_study import STUDY, assert_refused, call, command, finished, run_command, tables
+
+
+def invoke(*arguments: object) -> str:
+    """Run a command line that must be refused in one line, and return this line."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("prebench:")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+# --- pretrained parts ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(builder.PRETRAINED, tmp_path / "pretrained"))
+
+
+def test_a_flipped_byte_in_a_copied_tower_is_named_before_training(parts: Path, tmp_path: Path) -> None:
+    weights = parts / "vision_tower" / "model.safetensors"
+    flip(weights, -100)
+    chosen = f"model.vision_tower.pretrained={weights.parent}"
+    line = invoke("run", "--suite", "smoke", "--results", tmp_path / "results", "--set", chosen)
+    assert f"{weights}: damaged (hash" in line and "prebench pretrain" in line
+    assert not list(tmp_path.glob("results/*/runs"))
+
+
+def test_a_tower_without_a_manifest_is_read_or_named(parts: Path, tmp_path: Path) -> None:
+    (parts / "manifest.json").unlink()
+    weights = parts / "vision_tower" / "model.safetensors"
+    flip(weights, 20)
+    chosen = f"model.vision_tower.pretrained={weights.parent}"
+    line = invoke("run", "--suite", "smoke", "--results", tmp_path / "results", "--set", chosen)
+    assert f"{weights.parent}: the vision tower can't be read" in line
+
+
+@pytest.mark.parametrize("name", ["vision_tower/model.safetensors", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "delete"])
+def test_the_shipped_parts_are_checked(parts: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str) -> None:
+    monkeypatch.setattr(builder, "PRETRAINED", parts)
+    before = builder.parts_hash(ModelConfig())
+    assert before == builder.parts_hash(ModelConfig())
+    flip(parts / name, -50) if damage == "flip" else (parts / name).unlink()
+    with pytest.raises(ModelError, match=rf"{name}: .*prebench pretrain"):
+        builder.parts_hash(ModelConfig())
+
+
+def test_a_damaged_tokenizer_is_named(parts: Path) -> None:
+    flip(parts / "tokenizer" / "tokenizer.json", 1000)
+    with pytest.raises(ModelError, match=r"tokenizer/tokenizer\.json: damaged"):
+        builder.build_tokenizer(parts / "tokenizer")
+    (parts / "manifest.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"manifest\.json: damaged"):
+        builder.build_tokenizer(parts / "tokenizer")
+
+
+def test_pretraining_to_a_place_that_takes_no_files_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    line = invoke("pretrain", "--to", tmp_path / "file" / "parts")
+    assert f"{tmp_path / 'file' / 'parts'}" in line and "can't be written" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- a finished study ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    done = call(run_command(folder, train__log_every=1, train__cache_vision_features="false"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / STUDY
+
+
+@pytest.fixture
+def study(original: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(original, tmp_path / "results" / STUDY))
+
+
+def prebench(study: Path, name: str, *more: str, limit: int | None = None):
+    """Run one command on the study; `limit` is the largest file that the machine takes, in bytes."""
+
+    def full_disk() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return call(command(name, "--results", study.parent, *more), full_disk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: flip(path, -100)], ids=["missing", "flipped"])
+def test_a_damaged_mirror_is_named_and_results_stay(study: Path, damage: Callable[[Path], None]) -> None:
+    path = next(study.glob("mirror/prebench/easy_vqa/**/*.parquet"))
+    damage(path)
+    before = finished(study)
+    for name in ("evaluate", "probe"):
+        assert_refused(prebench(study, name), f"{path.relative_to(study.parent)}", "delete", "to build it again")
+    assert finished(study) == before
+
+
+def truncate_images(study: Path, count: int) -> set[int]:
+    """Cut pictures of easy-VQA in half, as a mirror of one's own may have them; return the documents."""
+    path = next(study.glob("mirror/prebench/easy_vqa/**/*.parquet"))
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    for row in rows[:count]:
+        row["image"]["bytes"] = row["image"]["bytes"][: len(row["image"]["bytes"]) // 2]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    manifest = read_json(study / "mirror" / "mirror.json")
+    manifest["tasks"]["prebench_easy_vqa"]["files"][str(path.relative_to(study / "mirror"))] = file_hash(path)
+    write_json(study / "mirror" / "mirror.json", manifest)
+    return set(range(count))
+
+
+@pytest.mark.slow
+def test_a_truncated_picture_is_an_error_that_the_totals_show(study: Path) -> None:
+    broken = truncate_images(study, 3)
+    others = {path: known for path, known in finished(study).items() if "prebench_easy_vqa" not in path.name}
+    done = prebench(study, "evaluate")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for run in ("baseline-s0", "pre-s0"):
+        evaluation = study / "runs" / run / "eval"
+        samples = list(read_jsonl(evaluation / "prebench_easy_vqa.samples.jsonl"))
+        assert {s["doc_id"] for s in samples if s["error"]} == broken
+        assert "truncated" in samples[0]["error"] and samples[0]["score"] is None
+        assert read_record(evaluation / "prebench_easy_vqa.json", TaskRecord).n_errors == 3
+    assert {path: known for path, known in finished(study).items() if path in others} == others
+    assert prebench(study, "report").returncode == 0
+    assert ",3," in next(line for line in (study / "scores.csv").read_text().splitlines() if "easy_vqa" in line)
+    compared = call(command("compare", "baseline", "pre", "--results", study.parent))
+    assert "left out of all runs: easy-VQA 3" in " ".join(compared.stdout.split())
+
+
+@pytest.mark.slow
+def test_too_many_truncated_pictures_are_one_line_and_earlier_results_stay(study: Path) -> None:
+    count = len(list(read_jsonl(study / "runs" / "pre-s0" / "eval" / "prebench_easy_vqa.samples.jsonl")))
+    truncate_images(study, count // 2)
+    before = finished(study)
+    done = prebench(study, "evaluate")
+    assert_refused(done, f"baseline-s0 prebench_easy_vqa: {count // 2} of {count} documents failed, more than 20.0%")
+    assert finished(study) == before
+
+
+# --- a full disk ---------------------------------------------------------------------------------------------
+# A limit on the size of a file stands for it: it needs no privileges and strikes at the chosen file.
+
+
+def ask_for_another_seed(study: Path) -> None:
+    path = study / "study.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seeds": [0, 1]}, sort_keys=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "parts"),
+    [
+        (6_000, ["runs/baseline-s1/train.jsonl: can't be written", "runs finished so far are kept"]),
+        (50_000, ["runs/baseline-s1/model: the model can't be written", "the finished runs are kept"]),
+    ],
+    ids=["log", "export"],
+)
+def test_a_disk_that_is_full_in_training(study: Path, limit: int, parts: list[str]) -> None:
+    ask_for_another_seed(study)
+    before = finished(study)
+    assert_refused(prebench(study, "train", limit=limit), *parts)
+    assert finished(study) == before
+    assert [path.name for path in (study / "runs" / "baseline-s1").iterdir()] == ["train.jsonl"]
+    done = prebench(study, "train")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (study / "runs" / "pre-s1" / "model" / "prebench.json").is_file()
+    after = finished(study)
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_in_evaluation(study: Path, original: Path) -> None:
+    evaluation = study / "runs" / "pre-s0" / "eval"
+    # First the cache of `datasets` does not fit; where it is there already, the answers do not.
+    for part in ("can't be loaded: OSError", "prebench_easy_vqa.samples.jsonl: can't be written"):
+        for path in evaluation.glob("prebench_easy_vqa.*"):
+            path.unlink()
+        before = finished(study)
+        assert_refused(prebench(study, "evaluate", limit=6_000), part, "File too large")
+        assert finished(study) == before
+        assert sorted(path.name for path in evaluation.iterdir()) == ["gqa.json", "gqa.samples.jsonl"]
+        done = prebench(study, "evaluate")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert tables(study) == tables(original)
+
+
+# --- results that do not fit together ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [lines[0].replace('"prompt_hash": "', '"prompt_hash": "0'), *lines[1:]], "have another prompt"),
+        (lambda lines: lines[1:], "1 of them in one run only (first: 0, in baseline-s0)"),
+    ],
+    ids=["prompt", "removed"],
+)
+def test_documents_that_differ_between_two_variants_are_not_compared(
+    study: Path, damage: Callable[[list[str]], list[str]], message: str
+) -> None:
+    path = study / "runs" / "pre-s0" / "eval" / "gqa.samples.jsonl"
+    path.write_text("".join(line + "\n" for line in damage(path.read_text().splitlines())))
+    before = finished(study)
+    line = invoke("compare", "baseline", "pre", "--results", study.parent)
+    assert "gqa: baseline-s0 and pre-s0 can't be paired" in line and message in line
+    assert finished(study) == before
