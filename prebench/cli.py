@@ -75,6 +75,12 @@ def study_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def jobs_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --jobs."""
+    help_text = "Processes side by side; by default as many as cores and memory allow. Results do not depend on it."
+    return click.option("--jobs", type=click.IntRange(min=1), help=help_text)(function)
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="prebench")
 def main() -> None:
@@ -101,8 +107,9 @@ def main() -> None:
 @click.option("--name", help="Study name; <suite>-<preset> by default.")
 @results_option
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one field of the preset.")
+@jobs_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
-def run(results: Path, dry_run: bool, **request: Any) -> None:
+def run(results: Path, dry_run: bool, jobs: int | None, **request: Any) -> None:
     """Train, evaluate, probe and tabulate a study; go on where it stopped.
 
     The same command on a finished study does nothing; more seeds, variants or tasks extend it; another preset or recipe
@@ -123,7 +130,7 @@ def run(results: Path, dry_run: bool, **request: Any) -> None:
     if dry_run:
         _echo_plan(folder, plan_study(folder, config))
         return
-    paths = pipeline.run_study(folder, config)
+    paths = pipeline.run_study(folder, config, jobs)
     _echo_summary(folder, paths)
 
 
@@ -226,33 +233,36 @@ def compare(baseline: str, variant: str, study: str | None, results: Path, form:
 @main.command()
 @study_option
 @results_option
-def train(study: str | None, results: Path) -> None:
+@jobs_option
+def train(study: str | None, results: Path, jobs: int | None) -> None:
     """Train and export the study's missing runs, and nothing else."""
     from prebench import pipeline
     from prebench.study import locked, read_study
 
     folder = _chosen_study(results, study)
     with locked(folder):
-        pipeline.train_all(folder, read_study(folder))
+        pipeline.train_all(folder, read_study(folder), jobs)
 
 
 @main.command()
 @study_option
 @results_option
 @click.option("--tasks", callback=_split, help="lmms-eval task ids of the suite; all by default.")
-def evaluate(study: str | None, results: Path, tasks: tuple[str, ...] | None) -> None:
+@jobs_option
+def evaluate(study: str | None, results: Path, tasks: tuple[str, ...] | None, jobs: int | None) -> None:
     """Evaluate the study's trained runs on its benchmark tasks."""
     from prebench.study import read_study
 
     folder = _chosen_study(results, study)
     names = [task.task for task in read_study(folder).suite.tasks]
-    _evaluate(folder, names, tasks or names)
+    _evaluate(folder, names, tasks or names, jobs)
 
 
 @main.command()
 @study_option
 @results_option
-def probe(study: str | None, results: Path) -> None:
+@jobs_option
+def probe(study: str | None, results: Path, jobs: int | None) -> None:
     """Probe the visual tokens of the study's trained runs at every layer."""
     from prebench.study import read_study
 
@@ -260,10 +270,10 @@ def probe(study: str | None, results: Path) -> None:
     config = read_study(folder).suite.probe
     if config is None:
         raise ConfigError(f"{folder}: the suite of this study has no probe")
-    _evaluate(folder, [config.task], [config.task])
+    _evaluate(folder, [config.task], [config.task], jobs)
 
 
-def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str]) -> None:
+def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str], jobs: int | None) -> None:
     from prebench import pipeline
     from prebench.errors import did_you_mean
     from prebench.study import locked, read_study
@@ -272,7 +282,7 @@ def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str]) -> None:
         if task not in known:
             raise ConfigError(f"--tasks: unknown task {task!r}{did_you_mean(task, known)}")
     with locked(folder):
-        pipeline.evaluate_all(folder, read_study(folder), tasks)
+        pipeline.evaluate_all(folder, read_study(folder), tasks, jobs)
 
 
 @main.command()

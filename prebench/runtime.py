@@ -47,11 +47,17 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def prepare_cpu() -> None:
-    """Flush denormals (a slow path on CPUs), keep tokenizers from forking threads, and quieten transformers' bars."""
+def prepare_cpu(num_threads: int | None = None) -> None:
+    """Flush denormals (a slow path on CPUs), keep tokenizers from forking threads, and quieten transformers' bars.
+
+    Args:
+        num_threads: threads of torch's CPU kernels; None leaves torch's choice.
+    """
     import torch
     from transformers.utils import logging as transformers_logging
 
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.disable_progress_bar()

@@ -232,10 +232,16 @@ class TrainConfig(StrictModel):
     align: StageConfig
     instruct: StageConfig
     log_every: int = Field(10, gt=0)
+    validate_every: int = Field(0, ge=0)
+    """Optimiser steps between two points of the learning curves (held-out loss and accuracy); 0: none."""
+    validation_images: int = Field(60, gt=0)
+    """Pictures of each source that the learning curves ask about."""
     cache_vision_features: bool = True
     """Compute the frozen tower's output once per study, in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    cpu_threads: int | None = Field(None, gt=0)
+    """Threads of one run on a CPU; null: all cores. Small models gain more from several runs side by side."""
 
 
 class PresetConfig(StrictModel):

@@ -19,6 +19,7 @@ ALLOWED = {
     "config": {"errors", "runtime", "schema"},
     "store": {"records", "errors"},
     "progress": set(),
+    "jobs": {"errors", "progress"},
     "study": {"config", "errors", "schema", "store"},
     "data": BASE,
     "model": BASE | {"data"},
@@ -27,7 +28,8 @@ ALLOWED = {
     "probe": BASE | {"model"},
     "evaluation": BASE | {"model", "probe"},
     "analysis": BASE,
-    "pipeline": BASE | {"data", "model", "train", "export", "probe", "evaluation", "analysis"},
+    "train_runs": BASE | {"jobs", "data", "model", "train", "export"},
+    "pipeline": BASE | {"train_runs", "data", "model", "train", "export", "probe", "evaluation", "analysis"},
     "cli": BASE | {"pipeline", "analysis", "model"},
     "__init__": set(),
 }

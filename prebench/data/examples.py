@@ -39,6 +39,17 @@ class Example:
     kind: Literal["caption", "questions"]
 
 
+@dataclass(frozen=True)
+class ValidationQuestion:
+    """One held-out question about one picture; `text` carries its answer-format suffix."""
+
+    image_id: str
+    image: Image.Image
+    type: str
+    text: str
+    answer: str
+
+
 class TrainingData:
     """The training split of a preset: scenes and easy-VQA pictures.
 
@@ -89,6 +100,32 @@ class TrainingData:
         with_suffix = rng.random(len(drawn)) < self.config.suffix_share
         turns = [(q.text + (q.suffix if add else ""), q.answer) for q, add in zip(drawn, with_suffix, strict=True)]
         return Example(image_id, conversation(turns), "questions")
+
+    def validation(self, num_images: int) -> list[ValidationQuestion]:
+        """Return questions of the validation splits: of each scene one per type, of each easy-VQA picture one per type.
+
+        Args:
+            num_images: pictures of each source.
+        """
+        found = []
+        scenes = self.config.scenes
+        for index in range(num_images if scenes is not None else 0):
+            assert scenes is not None
+            scene = generate_scene(self.config.seed, "validation", index, scenes.min_objects, scenes.max_objects)
+            picture = render(scene)[0]
+            for name in SHARES:
+                for q in ask(scene, np.random.default_rng([self.config.seed, index]), 1, types=(name,)):
+                    found.append(ValidationQuestion(f"scene-{index}", picture, q.type, q.text + q.suffix, q.answer))
+        if self.config.easy_vqa is not None:
+            source = easy_vqa.load("validation")
+            for number in list(source.image_paths)[:num_images]:
+                picture = easy_vqa.open_image(source.image_paths[number])
+                for name, (text, answer) in {
+                    easy_vqa.question_type(t): (t, a) for t, a in source.questions[number]
+                }.items():
+                    kind = f"{EASY_VQA_PREFIX}{name}"
+                    found.append(ValidationQuestion(f"easy-{number}", picture, kind, text + SHORT_SUFFIX, answer))
+        return found
 
     def fingerprint(self) -> str:
         """Return a hash of the configuration and of what it yields: pictures, captions and conversations."""

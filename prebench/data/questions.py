@@ -31,6 +31,8 @@ PLACES = (
     ("bottom left", "bottom", "bottom right"),
 )
 """Where a cell of the grid is, by row and column."""
+RELATIONS = (("left", "right"), ("above", "below"))
+"""The two answers to a question about columns, and to one about rows."""
 IN_THE_IMAGE_SHARE = 0.25
 """Share of the existence questions that end as POPE's do ("in the image?")."""
 
@@ -42,7 +44,7 @@ SHARES = {
     "color_count": 0.114,
     "position": 0.12,
     "relation": 0.14,
-    "multiple_choice": 0.04,
+    "multiple_choice": 0.05,
     "choose": 0.04,
     "logical": 0.04,
     "rare": 0.016,
@@ -182,12 +184,9 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     distance = second.col - first.col if across else second.row - first.row
     if distance == 0:
         return None
-    true, false = ("left of", "right of") if across else ("above", "below")
-    if distance < 0:
-        true, false = false, true
-    holds = rng.random() < 0.5
-    text = f"is the {first.shape} {true if holds else false} the {second.shape}?"
-    return Question("relation", text, _yes(holds))
+    sides = RELATIONS[0] if across else RELATIONS[1]
+    where = f"{sides[0]} or {sides[1]}{' of' if across else ''}"
+    return Question("relation", f"is the {first.shape} {where} the {second.shape}?", sides[0 if distance > 0 else 1])
 
 
 def choices_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]] | None:

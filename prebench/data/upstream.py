@@ -20,6 +20,7 @@ from prebench.data import easy_vqa
 from prebench.data.questions import (
     LETTERS,
     PLACES,
+    RELATIONS,
     Question,
     absent_names,
     ask,
@@ -36,7 +37,7 @@ GQA_TYPES = {
     "color": ("query", "attr", "color"),
     "shape": ("query", "cat", "category"),
     "position": ("query", "attr", "positionQuery"),
-    "relation": ("verify", "rel", "relVerify"),
+    "relation": ("choose", "rel", "relChooser"),
     "choose": ("choose", "attr", "chooseColor"),
     "logical": ("logical", "obj", "existAnd"),
     "rare": ("query", "attr", "size"),
@@ -44,7 +45,7 @@ GQA_TYPES = {
 """Question type -> GQA's structural, semantic and detailed type."""
 VQA_TYPES = {
     "existence": "yes/no",
-    "relation": "yes/no",
+    "relation": "other",
     "logical": "yes/no",
     "color": "other",
     "shape": "other",
@@ -195,7 +196,7 @@ def _mistake(question: Question, rng: np.random.Generator) -> str:
         return "no" if question.answer == "yes" else "yes"
     if question.answer.isdigit():
         return str(abs(int(question.answer) + (1 if rng.random() < 0.5 else -1)))
-    kinds = (COLORS, SHAPES, tuple(place for row in PLACES for place in row))
+    kinds = RELATIONS if question.type == "relation" else (COLORS, SHAPES, tuple(p for row in PLACES for p in row))
     others = [v for kind in kinds if question.answer in kind for v in kind if v != question.answer]
     return others[int(rng.integers(len(others)))]
 

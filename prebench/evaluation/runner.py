@@ -1,4 +1,4 @@
-"""Evaluation of a study in one subprocess whose working directory is the mirror.
+"""Evaluation of a study in subprocesses whose working directory is the mirror.
 
 `datasets` resolves a repository id to a folder of that name in the working directory, so upstream's task code reads the
 mirror unchanged, without a network. The subprocess reports progress as JSON lines on its standard output; what
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,8 +24,8 @@ from prebench.progress import ProgressLine, say
 from prebench.schema import SuiteConfig
 from prebench.store import read_json, write_json
 
-WORK_FILE = "evaluation.json"
-LOG_FILE = "evaluate.log"
+WORK_FILE = "evaluation-{}.json"
+LOG_FILE = "evaluate-{}.log"
 LOG_LINES = 5
 """Last lines of the log that a crash is reported with."""
 USER_ERROR = 2
@@ -38,6 +39,8 @@ def evaluate_study(
     cache: Path,
     device: str,
     dtype: str,
+    cpu_threads: int | None = None,
+    jobs: int = 1,
 ) -> None:
     """Evaluate and probe runs on a suite; results that stand are kept.
 
@@ -49,6 +52,8 @@ def evaluate_study(
         cache: folder for `datasets`' cache and the log.
         device: "auto", "cpu" or "cuda".
         dtype: "float32" or "bfloat16", never "auto": a result in one precision does not stand for the other.
+        cpu_threads: threads of one process on a CPU; None leaves torch's choice.
+        jobs: processes side by side, each with runs of its own.
 
     Raises:
         EvaluationError: a task is missing or failed; the results of the others are written.
@@ -65,7 +70,7 @@ def evaluate_study(
         device=device,
         dtype=dtype,
     )
-    run_in_subprocess(request, mirror, cache)
+    run_in_subprocesses(request, mirror, cache, cpu_threads, jobs)
 
 
 def references(manifest: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -74,44 +79,80 @@ def references(manifest: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {name: dict(entry.get("references") or {}) for name, entry in tasks.items()}
 
 
-def run_in_subprocess(request: EvaluationRequest, mirror: Path, cache: Path) -> None:
-    """Evaluate what is missing in a subprocess, showing its progress.
+def run_in_subprocesses(
+    request: EvaluationRequest, mirror: Path, cache: Path, cpu_threads: int | None = None, jobs: int = 1
+) -> None:
+    """Evaluate what is missing in subprocesses, showing their progress.
 
     Raises:
-        EvaluationError: see `evaluate_runs`; or the subprocess died (the last lines of its log are quoted).
+        EvaluationError: see `evaluate_runs`; or a subprocess died (the last lines of its log are quoted).
     """
     work = plan(request, mirror)
     if not work.items:
         say("evaluate: every task has been scored already")
         return
-    cache = cache.resolve()
-    path = cache / WORK_FILE
-    write_json(path, work.model_dump(mode="json"))
-    log = cache / LOG_FILE
+    environment = _environment(cache.resolve() / "datasets" / work.data, cpu_threads)
     say("evaluate: starting lmms-eval")
-    with log.open("w", encoding="utf-8") as log_file:
-        process = subprocess.Popen(  # noqa: S603
-            # -P: the mirror may hold a folder called prebench, which must not become importable
-            [sys.executable, "-P", "-m", "prebench.evaluation.runner", str(path)],
-            cwd=mirror,
-            env=_environment(cache / "datasets" / work.data),
-            stdout=subprocess.PIPE,
-            stderr=log_file,
-            text=True,
-        )
-        with process:
-            assert process.stdout is not None
-            try:
-                error = _follow(process.stdout)
-            except BaseException:  # Ctrl-C included: the child must not go on alone
-                process.terminate()
-                raise
-    if error is not None:
-        raise EvaluationError(error)
-    if process.returncode != 0:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    children = [
+        _Child(part, number, mirror, cache.resolve(), environment) for number, part in enumerate(split(work, jobs))
+    ]
+    try:
+        for child in children:
+            child.join()
+    except BaseException:  # Ctrl-C included: the children must not go on alone
+        for child in children:
+            child.process.terminate()
+        raise
+    problems = dict.fromkeys(problem for child in children if (problem := child.problem()))
+    if problems:
+        raise EvaluationError("; ".join(problems))
+
+
+def split(work: Work, jobs: int) -> list[Work]:
+    """Share the runs out over at most `jobs` processes; the runs of one part are evaluated one after the other."""
+    runs = list(dict.fromkeys(item.run for item in work.items))
+    parts = [set(part) for number in range(jobs) if (part := [run.name for run in runs[number::jobs]])]
+    return [
+        work.model_copy(update={"items": tuple(item for item in work.items if item.run.name in part)}) for part in parts
+    ]
+
+
+class _Child:
+    """One evaluation process; a thread shows its progress."""
+
+    def __init__(self, work: Work, number: int, mirror: Path, cache: Path, environment: dict[str, str]) -> None:
+        path = cache / WORK_FILE.format(number)
+        write_json(path, work.model_dump(mode="json"))
+        self._log = cache / LOG_FILE.format(number)
+        self._error: str | None = None
+        with self._log.open("w", encoding="utf-8") as log_file:
+            self.process = subprocess.Popen(  # noqa: S603
+                # -P: the mirror may hold a folder called prebench, which must not become importable
+                [sys.executable, "-P", "-m", "prebench.evaluation.runner", str(path)],
+                cwd=mirror,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                text=True,
+            )
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        assert self.process.stdout is not None
+        self._error = _follow(self.process.stdout)
+
+    def join(self) -> None:
+        self._thread.join()
+        self.process.wait()
+
+    def problem(self) -> str | None:
+        """Return what went wrong, or None."""
+        if self._error is not None or self.process.returncode == 0:
+            return self._error
+        lines = [line for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         tail = " | ".join(lines[-LOG_LINES:])
-        raise EvaluationError(f"the evaluation process ended with code {process.returncode}: {tail} (log: {log})")
+        return f"the evaluation process ended with code {self.process.returncode}: {tail} (log: {self._log})"
 
 
 def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
@@ -172,7 +213,7 @@ def _load(task: str) -> Any:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _environment(cache: Path) -> dict[str, str]:
+def _environment(cache: Path, cpu_threads: int | None) -> dict[str, str]:
     """Return the child's environment: no network, and a cache that belongs to these very data sets.
 
     `datasets` keys its cache on the README of a local folder, not on the content of its files, so that one cache for
@@ -187,7 +228,8 @@ def _environment(cache: Path) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8",
     }
-    return dict(os.environ) | offline
+    threads = {} if cpu_threads is None else {"OMP_NUM_THREADS": str(cpu_threads)}
+    return dict(os.environ) | offline | threads
 
 
 def _follow(stream: IO[str]) -> str | None:

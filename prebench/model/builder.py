@@ -22,6 +22,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prebench.data.scenes import generate_scene, render
 from prebench.errors import ModelError, StoreError
@@ -273,3 +274,8 @@ def encode_images(model: LlavaForConditionalGeneration, pixel_values: Tensor) ->
     assert isinstance(layer, int)
     features: Tensor = outputs.hidden_states[layer]
     return features[:, 1:] if model.config.vision_feature_select_strategy == "default" else features
+
+
+def encoded_images(projected: Tensor) -> dict[str, Any] | None:
+    """Return projected features [I, N_p, D] as the model's argument `mm_encoder_outputs`; None without images."""
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(projected))} if len(projected) else None

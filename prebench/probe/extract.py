@@ -19,11 +19,10 @@ import safetensors.numpy
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prebench.errors import DataError, ModelError, StoreError
 from prebench.model import visual_states
-from prebench.model.builder import vision_features
+from prebench.model.builder import encoded_images, vision_features
 from prebench.probe.patch_structure import STRUCTURE_METRICS, assign_patches, patch_structure
 from prebench.store import write_bytes
 
@@ -171,7 +170,7 @@ def _extract_batch(
         model.model(
             input_ids=input_ids,
             attention_mask=inputs["attention_mask"].to(model.device),
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(projected))},
+            mm_encoder_outputs=encoded_images(projected),
             use_cache=False,
         )
     layers_BND = [states.at(layer).unflatten(0, (len(images), -1)) for layer in range(depth + 1)]

@@ -30,6 +30,7 @@ from prebench.train.objective import LossTerms, Objective
 from prebench.train.regularizers.base import Regularizer
 from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
+from prebench.train.validation import Validation
 
 STAGES = ("align", "instruct")
 
@@ -179,6 +180,9 @@ def _train_stage(
     if regularizer is not None:
         regularizer.begin_stage(model)  # after prepare: a frozen copy lies on the device where the model lies
     drift = _AnchorDrift(objective, inputs, accelerator.device)
+    validation = None
+    if config.validate_every and accelerator.is_main_process and inputs.features is not None:
+        validation = Validation(inputs.data.validation(config.validation_images), inputs.processor, model)
     steps = _optimiser_steps(micro_batches, stage.gradient_accumulation_steps)
     for step, batches in enumerate(steps):
         started = time.perf_counter()
@@ -202,6 +206,8 @@ def _train_stage(
             line |= {"batch_hash": batches[-1].hash, "seconds": time.perf_counter() - started}
             if accelerator.is_main_process:
                 log(line)
+        if validation is not None and ((step + 1) % config.validate_every == 0 or step == stage.steps - 1):
+            log({"kind": "validation", "stage": name, "step": step, "steps": stage.steps, **validation(model)})
 
 
 def _optimiser_steps(micro_batches: _MicroBatches, accumulation: int) -> Iterator[list[Batch]]:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prebench.data.collator import IGNORE_INDEX, Batch
-from prebench.model.builder import encode_images, vision_features
+from prebench.model.builder import encode_images, encoded_images, vision_features
 from prebench.model.visual_states import VisualStates, capture
 from prebench.train.regularizers.base import Regularizer
 
@@ -62,9 +61,7 @@ class Objective(nn.Module):
             outputs = inner(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(projected))}
-                if len(projected)
-                else None,
+                mm_encoder_outputs=encoded_images(projected),
                 use_cache=False,
             )
         lm_sum = self._lm_sum(outputs.last_hidden_state, batch.labels)

@@ -1,0 +1,144 @@
+"""Several processes on one machine: how many, and how they report progress and failures to their parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+from prebench.errors import TrainingError
+from prebench.progress import ProgressLine
+
+JOB_BYTES = 1_300_000_000
+"""Memory that one process of the embedded preset may need."""
+
+Report = Callable[[int, str], None]
+"""Called by a job with units done and a note."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work: `function(report, *arguments)`; all of it must be picklable."""
+
+    title: str
+    total: int
+    arguments: tuple[Any, ...]
+
+
+def choose_jobs(requested: int | None, num_items: int, threads_per_job: int | None, device: str) -> int:
+    """Return how many processes to use: by cores and free memory on a CPU, one on a GPU.
+
+    Args:
+        requested: the user's number; None chooses.
+        num_items: pieces of work.
+        threads_per_job: cores that one process keeps busy; None: all of them.
+        device: "cpu" or "cuda".
+    """
+    if requested is not None:
+        return max(1, min(requested, num_items))
+    if device != "cpu" or threads_per_job is None:
+        return 1
+    return max(1, min(num_items, available_cores() // threads_per_job, _available_bytes() // JOB_BYTES))
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _available_bytes() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return JOB_BYTES
+
+
+def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_processes: int) -> None:
+    """Run jobs in processes of their own and show the progress of each.
+
+    After a failure no further job is started; those that run are finished, so that nothing computed is lost.
+
+    Args:
+        function: a module's function, called as `function(report, *job.arguments)`.
+        jobs: by name.
+        num_processes: how many at a time.
+
+    Raises:
+        PrebenchError: the first error of a job.
+        TrainingError: a process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    messages = context.SimpleQueue()
+    follower = threading.Thread(target=_follow, args=(messages, jobs), daemon=True)
+    follower.start()
+    try:
+        with ProcessPoolExecutor(num_processes, context, _start, (messages,)) as pool:
+            futures = [pool.submit(_run, function, name, job.arguments) for name, job in jobs.items()]
+            _collect(pool, futures)
+    finally:
+        messages.put(None)
+        follower.join()
+
+
+def _collect(pool: ProcessPoolExecutor, futures: list[Future[None]]) -> None:
+    try:
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        if any(future.exception() for future in done):
+            pool.shutdown(wait=True, cancel_futures=True)
+        for future in futures:
+            if not future.cancelled():
+                future.result()
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a training process died (killed, or out of memory?); the runs finished so far are kept, `--jobs 1` needs "
+            "the least memory"
+        ) from error
+    except KeyboardInterrupt:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+_messages: Any = None
+
+
+def _start(messages: Any) -> None:
+    """Set a worker up: keep the way back, and end with the process that started it, however that ends."""
+    global _messages
+    _messages = messages
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(function: Callable[..., None], name: str, arguments: tuple[Any, ...]) -> None:
+    function(lambda done, note: _messages.put((name, done, note)), *arguments)
+    _messages.put((name, None, ""))
+
+
+def _follow(messages: Any, jobs: Mapping[str, Job]) -> None:
+    lines: dict[str, ProgressLine] = {}
+    while (message := messages.get()) is not None:
+        name, done, note = message
+        if name not in lines and done is not None:
+            lines[name] = ProgressLine(jobs[name].title, jobs[name].total).__enter__()
+        if done is not None:
+            lines[name].update(done, note)
+        elif name in lines:
+            lines.pop(name).__exit__(None, None, None)
+    for line in lines.values():
+        line.__exit__(TrainingError, None, None)

@@ -1,0 +1,89 @@
+"""Learning curves: loss and accuracy on held-out questions while a model trains.
+
+The questions come from the validation splits of the preset's data, never from a test split. A validation draws nothing
+at random and moves no weight, so that a run is the same bit for bit with and without it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+
+from prebench.data.collator import IGNORE_INDEX, encode_example, pad
+from prebench.data.examples import ValidationQuestion, conversation
+from prebench.model.builder import encoded_images, vision_features
+
+BATCH_SIZE = 128
+
+
+class Validation:
+    """Held-out questions, each alone behind its picture and with its answer-format suffix.
+
+    Args:
+        questions: what is asked; their pictures are encoded once.
+        processor: the study's processor.
+        model: its vision tower encodes the pictures (it must be frozen; otherwise make a new instance).
+    """
+
+    def __init__(
+        self, questions: Sequence[ValidationQuestion], processor: Any, model: LlavaForConditionalGeneration
+    ) -> None:
+        images = list(dict.fromkeys(q.image_id for q in questions))
+        pictures = {q.image_id: q.image for q in questions}
+        pixels = processor.image_processor([pictures[i] for i in images], return_tensors="pt")["pixel_values"]
+        tower = next(model.model.vision_tower.parameters())
+        self._features = torch.cat([vision_features(model, part.to(tower.device)) for part in pixels.split(BATCH_SIZE)])
+        num_tokens = self._features.shape[1]
+        encoded = []
+        for question in questions:
+            messages = conversation([(question.text, question.answer)])
+            encoded.append(encode_example(processor, messages, num_tokens))
+        # Neighbours of equal length: little padding.
+        order = sorted(range(len(questions)), key=lambda i: len(encoded[i][0]))
+        self._questions = [questions[i] for i in order]
+        self._encoded = [encoded[i] for i in order]
+        self._rows = [images.index(q.image_id) for q in self._questions]
+        self._pad_token_id = processor.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def __call__(self, model: LlavaForConditionalGeneration) -> dict[str, Any]:
+        """Return `lm_loss` (nats per target token), `accuracy` by question type and the number of questions `n`.
+
+        An answer is right where every token of it, its end included, is the most probable one after the tokens before.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        targets = 0
+        right: defaultdict[str, list[bool]] = defaultdict(list)
+        for first in range(0, len(self._questions), BATCH_SIZE):
+            part = slice(first, first + BATCH_SIZE)
+            loss, hits, count = self._batch(model, part)
+            total += loss
+            targets += count
+            for question, hit in zip(self._questions[part], hits, strict=True):
+                right[question.type].append(hit)
+        accuracy = {name: sum(values) / len(values) for name, values in sorted(right.items())}
+        return {"lm_loss": total.item() / max(1, targets), "accuracy": accuracy, "n": len(self._questions)}
+
+    def _batch(self, model: LlavaForConditionalGeneration, part: slice) -> tuple[Tensor, list[bool], int]:
+        device = self._features.device
+        input_ids, attention_mask, labels = (t.to(device) for t in pad(self._encoded[part], self._pad_token_id))
+        projected = model.model.multi_modal_projector(self._features[self._rows[part]])
+        hidden = model.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            mm_encoder_outputs=encoded_images(projected),
+            use_cache=False,
+        ).last_hidden_state
+        targets = labels[:, 1:]
+        is_target = targets != IGNORE_INDEX
+        logits = model.lm_head(hidden[:, :-1][is_target]).float()
+        wrong = torch.zeros(len(labels), device=device)
+        wrong.index_add_(0, is_target.nonzero()[:, 0], (logits.argmax(-1) != targets[is_target]).float())
+        loss = F.cross_entropy(logits, targets[is_target], reduction="sum").double().cpu()
+        return loss, (wrong == 0).tolist(), int(is_target.sum())

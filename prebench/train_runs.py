@@ -1,0 +1,181 @@
+"""From a study's configuration to trained and exported runs, one after the other or several at a time.
+
+A run never depends on how many others train beside it: each has its own process state, and the number of threads
+belongs to the preset.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prebench.errors import StoreError
+from prebench.jobs import Job, Report, choose_jobs, run_jobs
+from prebench.progress import ProgressLine
+from prebench.records import content_hash
+from prebench.schema import StudyConfig
+from prebench.study import Run
+
+if TYPE_CHECKING:
+    from prebench.train.loop import TrainingInputs
+
+CACHE = "cache"
+
+
+def train_runs(folder: Path, config: StudyConfig, todo: Sequence[Run], jobs: int | None) -> None:
+    """Train and export runs; the frozen tower's features are computed once for all of them.
+
+    Args:
+        folder: the study.
+        config: its configuration.
+        todo: the runs that are missing.
+        jobs: processes; None chooses by cores and memory.
+    """
+    from prebench.runtime import choose_device
+
+    recipe = config.preset.train
+    number = choose_jobs(jobs, len(todo), recipe.cpu_threads, choose_device(recipe.device).type)
+    inputs = load_inputs(folder, config)
+    total = recipe.align.steps + recipe.instruct.steps
+    if number > 1:
+        work = {run.name: Job(f"train {run.name}", total, (folder, config, run)) for run in todo}
+        run_jobs(_train_in_worker, work, number)
+        return
+    for run in todo:
+        with ProgressLine(f"train {run.name}", total) as line:
+            train_run(run, config, inputs, line.update)
+
+
+def origin(config: StudyConfig) -> dict[str, str]:
+    """Return what decides a run's weights besides its configuration: pretrained parts and numeric precision."""
+    from prebench.model.builder import parts_hash
+
+    return {"parts_hash": parts_hash(config.preset.model), "dtype": dtype_name(config)}
+
+
+def dtype_name(config: StudyConfig) -> str:
+    """Return the precision that the preset's "auto" means on this machine."""
+    from prebench.runtime import choose_device, choose_dtype
+
+    recipe = config.preset.train
+    return str(choose_dtype(recipe.dtype, choose_device(recipe.device))).removeprefix("torch.")
+
+
+def load_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
+    """Return what all runs of a study share, and set this process up for training."""
+    from prebench.data.examples import TrainingData
+    from prebench.model.builder import build_processor, build_tokenizer
+    from prebench.runtime import prepare_cpu
+    from prebench.train.loop import TrainingInputs
+
+    prepare_cpu(config.preset.train.cpu_threads)
+    data = TrainingData(config.preset.data)
+    processor = build_processor(config.preset.model.vision_tower, build_tokenizer())
+    return TrainingInputs(data, processor, _features(folder, config, processor, data))
+
+
+def _features(folder: Path, config: StudyConfig, processor: Any, data: Any) -> Any:
+    from prebench.model.builder import build_model
+    from prebench.train.features import cached_features
+
+    stages = (config.preset.train.align, config.preset.train.instruct)
+    frozen = any(stage.steps > 0 and "vision_tower" not in stage.trainable for stage in stages)
+    if not (config.preset.train.cache_vision_features and frozen):
+        return None
+    model = build_model(config.preset.model, processor.tokenizer, seed=config.seeds[0])
+    line: ProgressLine | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal line
+        line = line or ProgressLine("vision features", total, "image").__enter__()
+        line.update(done)
+
+    features = cached_features(folder / CACHE, model, processor, data, report)
+    if line is not None:
+        line.__exit__(None, None, None)
+    return features
+
+
+@cache
+def _worker_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
+    """Return a worker's inputs, loaded once for all runs that it trains."""
+    return load_inputs(folder, config)
+
+
+def _train_in_worker(report: Report, folder: Path, config: StudyConfig, run: Run) -> None:
+    train_run(run, config, _worker_inputs(folder, config), report)
+
+
+def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Report) -> None:
+    """Train one run from its start and export it.
+
+    Args:
+        run: which.
+        config: the study's configuration.
+        inputs: what all runs share.
+        report: called with the steps done, over both stages, and a note.
+
+    Raises:
+        TrainingError: a loss is not finite.
+        StoreError: the log or the export can't be written.
+    """
+    from prebench.export import export
+    from prebench.model.builder import build_model
+    from prebench.model.visual_states import num_layers
+    from prebench.train.loop import build_regularizer, train
+
+    variant = next(v for v in config.variants if v.name == run.variant)
+    recipe = config.preset.train
+    seed = config.training_seed(run.variant, run.seed)
+    model = build_model(config.preset.model, inputs.processor.tokenizer, seed)
+    regularizer = build_regularizer(variant.regularizer, model, seed)
+    started = time.perf_counter()
+    last: dict[str, Any] = {}
+    log_path = run.folder / "train.jsonl"
+    with _open_log(log_path) as log_file:
+
+        def log(entry: dict[str, Any]) -> None:
+            _write_line(log_file, log_path, entry)
+            if entry.get("kind") == "validation":
+                return
+            last.update(entry)
+            done = entry["step"] + 1 + (recipe.align.steps if entry["stage"] == "instruct" else 0)
+            pre = "" if entry["pre_loss"] is None else f", pre_loss {entry['pre_loss']:.3f}"
+            report(done, f"{entry['stage']}: lm_loss {entry['lm_loss']:.3f}{pre}")
+
+        train(model, regularizer, recipe, inputs, seed, log)
+    manifest = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "training_seed": seed,
+        "config_hash": content_hash(config.run_config(run.variant, run.seed)),
+        **origin(config),
+        "data_hash": inputs.data.fingerprint(),
+        "num_layers": num_layers(model),
+        "regularizer_layer": None if regularizer is None else regularizer.layer,
+        "lm_loss": last.get("lm_loss"),
+        "pre_loss": last.get("pre_loss"),
+        "train_seconds": round(time.perf_counter() - started, 1),
+    }
+    export(model, inputs.processor, run.model_dir, manifest)
+
+
+def _write_line(file: Any, path: Path, entry: dict[str, Any]) -> None:
+    try:
+        rest = (json.dumps(entry, sort_keys=True) + "\n").encode()
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise StoreError(f"{path}: can't be written ({error.strerror}); the runs finished so far are kept") from error
+
+
+def _open_log(path: Path) -> Any:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb", buffering=0)  # a buffer would fail once more when it is closed, and hide the reason
+    except OSError as error:
+        raise StoreError(f"{path}: can't be written ({error.strerror})") from error
