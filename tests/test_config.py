@@ -35,11 +35,11 @@ def test_every_shipped_file_loads():
 
 
 def test_overrides_apply_and_are_checked():
-    preset = load_preset("embedded", ["train.instruct.steps=7", "model.language_model.hidden_size=64"])
+    preset = load_preset("embedded", ["train.instruct.steps=7", "model.language_model.hidden_size=96"])
     assert preset.train.instruct.steps == 7
-    assert preset.model.language_model.hidden_size == 64
+    assert preset.model.language_model.hidden_size == 96
     assert list(diff(load_preset("embedded").model_dump(), preset.model_dump())) == [
-        "model.language_model.hidden_size: 96 -> 64",
+        "model.language_model.hidden_size: 64 -> 96",
         f"train.instruct.steps: {load_preset('embedded').train.instruct.steps} -> 7",
     ]
 
@@ -56,7 +56,7 @@ def test_overrides_apply_and_are_checked():
         ("data.scenes.min_objects=6", "min_objects 6 is larger than max_objects 5"),
         ("data.easy_vqa.num_images=4000", "less than or equal to 3600"),
         ("model.language_model.hidden_size=97", "hidden_size 97 is no multiple of 2 * num_attention_heads (8)"),
-        ("model.vision_tower.patch_size=7", "image_size 64 is no multiple of patch_size (7)"),
+        ("model.vision_tower.patch_size=7", "image_size 96 is no multiple of patch_size (7)"),
         ("train.align.trainable=[]", "at least 1 item"),
         ("name=../x", "String should match pattern"),
     ],

@@ -29,7 +29,7 @@ ALLOWED = {
     "evaluation": BASE | {"model", "probe"},
     "analysis": BASE,
     "train_runs": BASE | {"jobs", "data", "model", "train", "export"},
-    "pipeline": BASE | {"train_runs", "data", "model", "train", "export", "probe", "evaluation", "analysis"},
+    "pipeline": BASE | {"jobs", "train_runs", "data", "model", "train", "export", "probe", "evaluation", "analysis"},
     "cli": BASE | {"pipeline", "analysis", "model"},
     "__init__": set(),
 }

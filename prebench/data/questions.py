@@ -47,10 +47,10 @@ SHARES = {
     "multiple_choice": 0.05,
     "choose": 0.04,
     "logical": 0.04,
-    "rare": 0.016,
+    "rare": 0.018,
 }
-"""Share of the draws per question type. A draw that a scene does not admit, or that repeats a text, is drawn again,
-which costs colour and shape most: of eight questions per scene, 2% are rare."""
+"""Relative share of the draws per question type. A draw that a scene does not admit, or that repeats a text, is drawn
+again, which costs colour and shape most: of eight questions per scene, 2% are rare."""
 
 
 @dataclass(frozen=True)

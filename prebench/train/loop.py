@@ -181,8 +181,9 @@ def _train_stage(
         regularizer.begin_stage(model)  # after prepare: a frozen copy lies on the device where the model lies
     drift = _AnchorDrift(objective, inputs, accelerator.device)
     validation = None
-    if config.validate_every and accelerator.is_main_process and inputs.features is not None:
-        validation = Validation(inputs.data.validation(config.validation_images), inputs.processor, model)
+    if config.validate_every and accelerator.is_main_process:
+        questions = inputs.data.validation(config.validation_images)
+        validation = Validation(questions, inputs.processor, frozen="vision_tower" not in stage.trainable)
     steps = _optimiser_steps(micro_batches, stage.gradient_accumulation_steps)
     for step, batches in enumerate(steps):
         started = time.perf_counter()

@@ -28,18 +28,16 @@ class Validation:
     Args:
         questions: what is asked; their pictures are encoded once.
         processor: the study's processor.
-        model: its vision tower encodes the pictures (it must be frozen; otherwise make a new instance).
+        frozen: whether the vision tower stays as it is; the pictures are then encoded once.
     """
 
-    def __init__(
-        self, questions: Sequence[ValidationQuestion], processor: Any, model: LlavaForConditionalGeneration
-    ) -> None:
+    def __init__(self, questions: Sequence[ValidationQuestion], processor: Any, frozen: bool) -> None:
         images = list(dict.fromkeys(q.image_id for q in questions))
         pictures = {q.image_id: q.image for q in questions}
-        pixels = processor.image_processor([pictures[i] for i in images], return_tensors="pt")["pixel_values"]
-        tower = next(model.model.vision_tower.parameters())
-        self._features = torch.cat([vision_features(model, part.to(tower.device)) for part in pixels.split(BATCH_SIZE)])
-        num_tokens = self._features.shape[1]
+        self._pixels = processor.image_processor([pictures[i] for i in images], return_tensors="pt")["pixel_values"]
+        self._frozen = frozen
+        self._features: Tensor | None = None
+        num_tokens = (self._pixels.shape[-1] // processor.patch_size) ** 2
         encoded = []
         for question in questions:
             messages = conversation([(question.text, question.answer)])
@@ -57,12 +55,15 @@ class Validation:
 
         An answer is right where every token of it, its end included, is the most probable one after the tokens before.
         """
+        if self._features is None or not self._frozen:
+            parts = (pixels.to(model.device) for pixels in self._pixels.split(BATCH_SIZE))
+            self._features = torch.cat([vision_features(model, pixels) for pixels in parts])
         total = torch.zeros((), dtype=torch.float64)
         targets = 0
         right: defaultdict[str, list[bool]] = defaultdict(list)
         for first in range(0, len(self._questions), BATCH_SIZE):
             part = slice(first, first + BATCH_SIZE)
-            loss, hits, count = self._batch(model, part)
+            loss, hits, count = self._batch(model, part, self._features[self._rows[part]])
             total += loss
             targets += count
             for question, hit in zip(self._questions[part], hits, strict=True):
@@ -70,10 +71,12 @@ class Validation:
         accuracy = {name: sum(values) / len(values) for name, values in sorted(right.items())}
         return {"lm_loss": total.item() / max(1, targets), "accuracy": accuracy, "n": len(self._questions)}
 
-    def _batch(self, model: LlavaForConditionalGeneration, part: slice) -> tuple[Tensor, list[bool], int]:
-        device = self._features.device
+    def _batch(
+        self, model: LlavaForConditionalGeneration, part: slice, features: Tensor
+    ) -> tuple[Tensor, list[bool], int]:
+        device = features.device
         input_ids, attention_mask, labels = (t.to(device) for t in pad(self._encoded[part], self._pad_token_id))
-        projected = model.model.multi_modal_projector(self._features[self._rows[part]])
+        projected = model.model.multi_modal_projector(features)
         hidden = model.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -22,8 +22,17 @@ ACCURACY = {"baseline": (0.90, 0.80, 0.70, 0.60, 0.50), "pre": (0.90, 0.85, 0.80
 """Probe accuracy of the background by layer at seed 0; each further seed loses .01 in the baseline."""
 
 
+CONTROLS: dict[str, dict[str, Any]] = {
+    "pre-shuffled": {"regularizer": {"weight": 0.5, "anchor": "shuffled"}},
+    "norm-penalty": {"regularizer": {"type": "norm_penalty", "weight": 0.5}},
+    "baseline-again": {"regularizer": {"weight": 0.0}, "seed_offset": 1000},
+}
+KINDS = {"color": 1.0, "count": 0.5}
+"""Question types of the validation, and how much of the fall of the loss each turns into accuracy."""
+
+
 def study_config(variants: Sequence[str], seeds: Sequence[int], probe: bool = True) -> StudyConfig:
-    stage = {"steps": 1, "batch_size": 1, "learning_rate": 0.1}
+    stage = {"steps": 1, "batch_size": 2, "learning_rate": 0.1}
     generated = {"data_source": "generated", "primary_metric": "exact_match", "num_images": 30}
     suite: dict[str, Any] = {
         "name": "tiny",
@@ -46,7 +55,8 @@ def study_config(variants: Sequence[str], seeds: Sequence[int], probe: bool = Tr
         },
         "suite": suite,
         "variants": [
-            {"name": name, "regularizer": {"weight": 0.0 if name == "baseline" else 0.5}} for name in variants
+            {"name": name, **CONTROLS.get(name, {"regularizer": {"weight": 0.0 if name == "baseline" else 0.5}})}
+            for name in variants
         ],
         "seeds": list(seeds),
     }
@@ -91,6 +101,7 @@ def write_task(run: Path, task: str, label: str, source: str, samples: Sequence[
 
 def write_probe(run: Path, accuracy: Sequence[float]) -> None:
     rows = [ProbeRow(-1, LAYERS, "global", "background", "unasked", "accuracy", ENCODER, 100)]
+    rows += [ProbeRow(-1, LAYERS, "global", "fill", "asked", "accuracy", 1.0, 100)]
     rows += [ProbeRow(-1, LAYERS, "patch", "", "", "auc", 0.9, 100)]
     for layer, value in enumerate(accuracy):
         rows.append(ProbeRow(layer, LAYERS, "global", "background", "unasked", "accuracy", value, 100))
@@ -102,13 +113,28 @@ def write_probe(run: Path, accuracy: Sequence[float]) -> None:
     pd.DataFrame([to_dict(row) for row in rows]).to_parquet(run / "probe.parquet")
 
 
+def validation(step: int, lm_loss: float, accuracy: Mapping[str, float], stage: str = "instruct") -> dict[str, Any]:
+    return {"kind": "validation", "stage": stage, "step": step, "lm_loss": lm_loss, "accuracy": dict(accuracy), "n": 40}
+
+
+def write_curve(run: Path, losses: Sequence[float], shift: float = 0.0) -> None:
+    """Write a log: a training line and a validation every ten steps, whose accuracy is (2 - loss) / 2 times KINDS."""
+    lines: list[dict[str, Any]] = [{"stage": "align", "step": 0, "lm_loss": 3.0, "pre_loss": None}]
+    for i, loss in enumerate(losses):
+        lines.append({"stage": "instruct", "step": 10 * i, "lm_loss": loss, "pre_loss": None})
+        accuracy = {kind: share * (2 - loss) / 2 + shift for kind, share in KINDS.items()}
+        lines.append(validation(10 * i + 9, loss, accuracy))
+    write_jsonl(run / "train.jsonl", lines)
+
+
 def write_run(folder: Path, variant: str, seed: int, scores: Sequence[float | None], probe: bool = True) -> Path:
     run = folder / "runs" / f"{variant}-s{seed}"
     samples = [sample(index, score) for index, score in enumerate(scores)]
     write_task(run, "gqa", "GQA on scenes", "generated", samples)
     write_task(run, "prebench_easy_vqa", "easy_VQA & more", "real", samples[: len(samples) // 2])
     layer = {"baseline": 2, "pre": 2}.get(variant, 1)
-    write_json(run / "model" / "prebench.json", {"variant": variant, "seed": seed, "regularizer_layer": layer})
+    manifest = {"variant": variant, "seed": seed, "regularizer_layer": layer, "lm_loss": 0.5 + 0.1 * seed}
+    write_json(run / "model" / "prebench.json", manifest)
     if probe:
         offset = 0.01 * seed if variant == "baseline" else 0.0
         write_probe(run, [value - offset for value in ACCURACY.get(variant, ACCURACY["pre"])])

@@ -3,7 +3,7 @@ import pytest
 
 from prebench.data import easy_vqa
 from prebench.data.examples import TrainingData, corpus
-from prebench.data.questions import LETTER_SUFFIX, SHORT_SUFFIX
+from prebench.data.questions import LETTER_SUFFIX, SHARES, SHORT_SUFFIX
 from prebench.schema import DataConfig
 
 CONFIG = {
@@ -25,8 +25,8 @@ def test_image_ids_and_pictures():
     assert len(data.image_ids) == len(set(data.image_ids)) == 70
     assert data.image_ids[0] == "scene-0"
     assert data.image_ids[40] == "easy-vqa-0"
-    for image_id in (data.image_ids[3], data.image_ids[44]):
-        assert data.image(image_id).size == (64, 64)
+    for image_id, side in ((data.image_ids[3], 96), (data.image_ids[44], 64)):
+        assert data.image(image_id).size == (side, side)
         assert data.image(image_id).mode == "RGB"
 
 
@@ -41,12 +41,26 @@ def test_a_conversation_has_one_picture_and_alternating_turns(image_id, turns):
     assert all(part == ["text"] for part in parts[1:])
 
 
-def test_captions_are_for_scenes_only():
+def test_captions_say_what_a_picture_shows():
     data = training_data()
-    example = data.caption("scene-3")
-    assert texts(example, "user") == ["describe the image."]
-    assert texts(example, "assistant")[0].startswith("a ")
-    assert data.caption("easy-vqa-3") is None
+    for image_id in ("scene-3", "easy-vqa-3"):
+        example = data.caption(image_id)
+        assert texts(example, "user") == ["describe the image."]
+        assert texts(example, "assistant")[0].startswith("a ")
+    answers = {answer for _, answer in easy_vqa.load("train").questions[3]}
+    assert set(texts(data.caption("easy-vqa-3"), "assistant")[0].split()[1:]) <= answers
+
+
+def test_validation_questions_are_held_out_and_of_every_type():
+    data = training_data()
+    found = data.validation(20)
+    assert {q.type for q in found} == set(SHARES) | {
+        f"easy-vqa-{t}" for t in ("color", "shape", "existence", "negation")
+    }
+    assert all(q.text.endswith((SHORT_SUFFIX, LETTER_SUFFIX)) for q in found)
+    trained = {data.image(i).tobytes() for i in data.image_ids}
+    assert not trained & {q.image.tobytes() for q in found}
+    assert [q.text for q in found] == [q.text for q in data.validation(20)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -30,23 +30,22 @@ def oracle(scene, text):
         (only,) = {o.color for o in objects if o.shape == match[3]}
         assert match[1] is None or only in match.groups()[:2]
         return only
-    if match := re.fullmatch(r"what shape is the (\w+) object\?", text):
+    if match := re.fullmatch(r"which shape is (\w+)\?", text):
         (only,) = {o.shape for o in objects if o.color == match[1]}
         return only
     if text == "how many objects are there?":
         return str(len(objects))
-    if match := re.fullmatch(r"how many (\w+) objects are there\?", text):
+    if match := re.fullmatch(r"how many objects are (\w+)\?", text):
         return str(sum(o.color == match[1] for o in objects))
-    if match := re.fullmatch(rf"is the {NAME} (left of|right of|above|below) the {NAME}\?", text):
-        a, b, relation, c, d = match.groups()
-        first, second = named(a, b), named(c, d)
-        holds = {
-            "left of": first.col < second.col,
-            "right of": first.col > second.col,
-            "above": first.row < second.row,
-            "below": first.row > second.row,
-        }
-        return "yes" if holds[relation] else "no"
+    if match := re.fullmatch(r"where is the (\w+)\?", text):
+        (only,) = [o for o in objects if o.shape == match[1]]
+        row, col = ("top", "", "bottom")[only.row], ("left", "", "right")[only.col]
+        return f"{row} {col}".strip() or "center"
+    if match := re.fullmatch(r"is the (\w+) (?:left or right of|above or below) the (\w+)\?", text):
+        ((first,), (second,)) = ([o for o in objects if o.shape == shape] for shape in match.groups())
+        if "left" in text:
+            return "left" if first.col < second.col else "right"
+        return "above" if first.row < second.row else "below"
     if match := re.fullmatch(rf"what size is the {NAME}\?", text):
         return named(*match.groups()).size
     match = re.fullmatch(rf"is the {NAME} (small|large)\?", text)
@@ -74,11 +73,10 @@ def test_texts_are_distinct_and_as_many_as_asked_for(asked):
 def test_shares(asked):
     counts = Counter(question.type for _, questions in asked for question in questions)
     assert set(counts) == set(SHARES)
-    assert sum(SHARES.values()) == pytest.approx(1)
     total = sum(counts.values())
     assert 0.015 < counts["rare"] / total < 0.025
     for name, share in SHARES.items():
-        assert counts[name] / total == pytest.approx(share, abs=0.06), name
+        assert counts[name] / total == pytest.approx(share / sum(SHARES.values()), abs=0.06), name
 
 
 def test_answers_are_balanced(asked):
@@ -86,9 +84,17 @@ def test_answers_are_balanced(asked):
     for _, questions in asked:
         for question in questions:
             answers[question.type][question.answer] += 1
-    for name in ("existence", "relation", "logical"):
+    for name in ("existence", "logical"):
         assert answers[name]["yes"] / answers[name].total() == pytest.approx(0.5, abs=0.05), name
-    for name, count in (("color", 6), ("shape", 6), ("multiple_choice", 4), ("choose", 6), ("count", 4)):
+    for name, count in (
+        ("color", 6),
+        ("shape", 5),
+        ("multiple_choice", 4),
+        ("choose", 6),
+        ("count", 4),
+        ("relation", 4),
+        ("position", 9),
+    ):
         assert len(answers[name]) == count
         assert max(answers[name].values()) / answers[name].total() < 1.5 / count, name
 
@@ -102,7 +108,7 @@ def test_about_half_of_the_negatives_are_hard(asked):
                 hard.append(
                     any(o.shape in words for o in scene.objects) and any(o.color in words for o in scene.objects)
                 )
-    assert 0.45 < np.mean(hard) < 0.75
+    assert 0.38 < np.mean(hard) < 0.7
 
 
 def test_no_text_names_background_or_fill_and_size_stays_rare(asked):
@@ -117,7 +123,7 @@ def test_no_text_names_background_or_fill_and_size_stays_rare(asked):
 
 def test_caption_is_in_reading_order():
     objects = (
-        SceneObject("circle", "red", "large", 0, 3),
+        SceneObject("circle", "red", "large", 0, 2),
         SceneObject("square", "blue", "small", 1, 0),
         SceneObject("star", "teal", "small", 1, 1),
     )
@@ -127,11 +133,11 @@ def test_caption_is_in_reading_order():
 
 
 def test_a_scene_of_one_object_still_has_questions():
-    scene = Scene((SceneObject("circle", "red", "large", 0, 3),), "plain-grey", "solid", 0, "test")
+    scene = Scene((SceneObject("circle", "red", "large", 0, 2),), "plain-grey", "solid", 0, "test")
     questions = ask(scene, np.random.default_rng(0), 8)
     assert len(questions) == 8
     assert all(oracle(scene, question.text) == question.answer for question in questions)
 
 
 def test_the_vocabulary_is_closed():
-    assert len(SHAPES) == len(COLORS) == 6
+    assert (len(SHAPES), len(COLORS)) == (5, 6)

@@ -23,8 +23,8 @@ from prebench.data.scenes import (
 
 
 def covered_patches(mask: np.ndarray, number: int) -> int:
-    blocks = [mask[r : r + 8, c : c + 8] for r in range(0, 64, 8) for c in range(0, 64, 8)]
-    return sum(int((block == number).sum()) >= 8 for block in blocks)
+    blocks = [mask[r : r + 16, c : c + 16] for r in range(0, 96, 16) for c in range(0, 96, 16)]
+    return sum(int((block == number).sum()) >= 32 for block in blocks)
 
 
 def test_every_object_covers_four_patches():
@@ -46,7 +46,7 @@ def test_scenes_are_a_pure_function_of_seed_split_and_index(seed, split, index):
     assert image.tobytes() == again.tobytes()
     assert (mask == same_mask).all()
     assert image.mode == "RGB"
-    assert image.size == (64, 64)
+    assert image.size == (96, 96)
     assert mask.dtype == np.uint8
     assert set(np.unique(mask)) == set(range(len(scene.objects) + 1))
     cells = [(item.row, item.col) for item in scene.objects]
@@ -74,18 +74,18 @@ def test_the_mask_is_exact(shape, size, fill):
     pixels = np.asarray(image).astype(int)
     assert ((pixels[..., 0] < 120) == inside).all()
     rows, cols = np.nonzero(inside)
-    box = 12 if size == "small" else 16
+    box = 24 if size == "small" else 32
     assert rows.max() - rows.min() < box
     assert cols.max() - cols.min() < box
-    assert rows.min() >= 16
-    assert rows.max() < 32
-    assert cols.min() >= 32
-    assert cols.max() < 48
+    assert rows.min() >= 32
+    assert rows.max() < 64
+    assert cols.min() >= 64
+    assert cols.max() < 96
 
 
 def test_labels_describe_the_scene():
     scene = Scene(
-        (SceneObject("star", "teal", "large", 0, 0), SceneObject("circle", "red", "small", 0, 3)),
+        (SceneObject("star", "teal", "large", 0, 0), SceneObject("circle", "red", "small", 0, 2)),
         BACKGROUNDS[5],
         FILLS[2],
         0,
@@ -120,4 +120,4 @@ def test_drawing_is_fast_enough_for_training():
             render(generate_scene(0, "train", index))
         return 100 / (time.process_time() - start)
 
-    assert max(rate(first) for first in (0, 100, 200)) > 900
+    assert max(rate(first) for first in (0, 100, 200)) > 400
