@@ -149,13 +149,11 @@ def evaluate_all(folder: Path, config: StudyConfig, tasks: Sequence[str], jobs: 
 def write_report(folder: Path) -> list[Path]:
     """Rebuild scores, tables and figures from the records."""
     from prebench.analysis.join import load_study
-    from prebench.analysis.plots import layer_curves
+    from prebench.analysis.plots import write_figures
     from prebench.analysis.tables import write_tables
 
     study = load_study(folder)
-    figure = folder / "figures" / "layer_curves.svg"
-    layer_curves(study, figure)
-    return [*write_tables(study), figure]
+    return [*write_tables(study), *write_figures(study)]
 
 
 def write_manifest(folder: Path) -> None:

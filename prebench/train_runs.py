@@ -84,7 +84,9 @@ def _features(folder: Path, config: StudyConfig, processor: Any, data: Any) -> A
 
     stages = (config.preset.train.align, config.preset.train.instruct)
     frozen = any(stage.steps > 0 and "vision_tower" not in stage.trainable for stage in stages)
-    if not (config.preset.train.cache_vision_features and frozen):
+    # A tower from scratch differs from seed to seed, so its outputs can't be shared.
+    shared = config.preset.model.vision_tower.pretrained is not None
+    if not (config.preset.train.cache_vision_features and frozen and shared):
         return None
     model = build_model(config.preset.model, processor.tokenizer, seed=config.seeds[0])
     line: ProgressLine | None = None
