@@ -136,10 +136,10 @@ class ExampleOrder:
         image_ids = self.data.image_ids
         return self.data.conversation(image_ids[self._draw(position, len(image_ids))], rng)
 
-    def batch(self, step: int, share: slice = slice(None)) -> list[Example]:
-        """Return the examples of an optimiser step, or the share of them that one micro-batch takes."""
+    def batch(self, step: int) -> list[Example]:
+        """Return the examples of an optimiser step."""
         first = step * self.stage.batch_size
-        return [self[position] for position in range(first, first + self.stage.batch_size)[share]]
+        return [self[position] for position in range(first, first + self.stage.batch_size)]
 
     def _draw(self, position: int, size: int) -> int:
         epoch, offset = divmod(position, size)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
 from prebench.data.collator import Batch, ExampleOrder, encode_example, pad
-from prebench.data.examples import Example, TrainingData
+from prebench.data.examples import TrainingData
 from prebench.errors import TrainingError
 from prebench.model.freezing import freeze_for_stage
 from prebench.model.visual_states import num_layers
@@ -113,7 +113,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 class _MicroBatches(Dataset[Batch]):
-    """The micro-batches of one process, in order: item k is accumulation part k % A of optimiser step k // A."""
+    """The micro-batches of one process, in order: item k is accumulation part k % A of optimiser step k // A.
+
+    The examples of a step are sorted by length before they are shared out, so that little is padded.
+    """
 
     def __init__(self, order: ExampleOrder, inputs: TrainingInputs, accelerator: Accelerator) -> None:
         self.order = order
@@ -129,20 +132,30 @@ class _MicroBatches(Dataset[Batch]):
         self._processes = accelerator.num_processes
         size = inputs.processor.image_processor.size["height"] // inputs.processor.patch_size
         self._num_image_tokens = size * size
+        self._step = -1
+        self._encoded: list[tuple[str, tuple[list[int], list[int]]]] = []
 
     def __len__(self) -> int:
         return self.order.stage.steps * self.order.stage.gradient_accumulation_steps
 
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self.order.stage.gradient_accumulation_steps)
+        if step != self._step:
+            self._step, self._encoded = step, self._encode(step)
         first = (part * self._processes + self._rank) * self._size
-        return self.collate(self.order.batch(step, slice(first, first + self._size)))
+        return self._collate(self._encoded[first : first + self._size])
 
-    def collate(self, examples: list[Example]) -> Batch:
+    def _encode(self, step: int) -> list[tuple[str, tuple[list[int], list[int]]]]:
+        """Return (image_id, (input_ids, labels)) of a step's examples, short ones first."""
         processor = self.inputs.processor
-        encoded = [encode_example(processor, e.messages, self._num_image_tokens) for e in examples]
-        input_ids, attention_mask, labels = pad(encoded, processor.tokenizer.pad_token_id)
-        image_ids = tuple(e.image_id for e in examples)
+        examples = self.order.batch(step)
+        encoded = [(e.image_id, encode_example(processor, e.messages, self._num_image_tokens)) for e in examples]
+        return sorted(encoded, key=lambda item: len(item[1][0]))
+
+    def _collate(self, encoded: list[tuple[str, tuple[list[int], list[int]]]]) -> Batch:
+        processor = self.inputs.processor
+        input_ids, attention_mask, labels = pad([item for _, item in encoded], processor.tokenizer.pad_token_id)
+        image_ids = tuple(image_id for image_id, _ in encoded)
         features = pixel_values = None
         if self.inputs.features is not None:
             features = self.inputs.features.get(image_ids)
