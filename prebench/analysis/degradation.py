@@ -1,7 +1,7 @@
 """Visual representation degradation as one number per run (docs/statistics.md; the diagnosis of arXiv 2603.20808).
 
-Let a(l) be the test accuracy of a linear probe on the pooled visual tokens of layer l for the suite's
-reference attribute, and L the number of decoder layers.
+Let a(l) be the test accuracy of a linear probe on the pooled visual tokens of layer l for one attribute of the suite,
+and L the number of decoder layers. The claim is about the suite's reference attribute; the others stand beside it.
 
     reference          R   = a(-1), the frozen vision encoder's output, identical for all variants of a study
     per layer          D_l = R - a(l)
@@ -17,13 +17,15 @@ variants' means leave out the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from prebench.analysis import statistics
 from prebench.analysis.join import Run, Study
+from prebench.analysis.statistics import Interval
 from prebench.errors import StoreError
 
 ENCODER_LAYER = -1
@@ -81,24 +83,77 @@ def degradation(run: Run, attribute: str) -> Degradation | None:
     return Degradation(attribute, reference, dict(sorted(values.items())), num_layers)
 
 
-def of_study(study: Study) -> dict[tuple[str, int], Degradation]:
-    """Return the degradation of every probed run, on the suite's reference attribute."""
+def of_study(study: Study, attribute: str | None = None) -> dict[tuple[str, int], Degradation]:
+    """Return the degradation of every probed run, by variant and seed.
+
+    Args:
+        study: the study.
+        attribute: one of the suite's; the reference attribute where None.
+    """
     if study.config.suite.probe is None:
         return {}
-    attribute = study.config.suite.probe.reference_attribute
-    found = {key: degradation(run, attribute) for key, run in sorted(study.runs.items())}
+    chosen = attribute or study.config.suite.probe.reference_attribute
+    found = {key: degradation(run, chosen) for key, run in sorted(study.runs.items())}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def reductions(study: Study, baseline: str, variant: str) -> pd.DataFrame:
+def attributes(study: Study) -> list[str]:
+    """Return the suite's probed attributes, the reference attribute first."""
+    probe = study.config.suite.probe
+    if probe is None:
+        return []
+    others = (a.name for a in probe.attributes if a.name != probe.reference_attribute)
+    return [probe.reference_attribute, *others]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, as a fraction, with its t interval."""
+
+    mean: float
+    interval: Interval | None
+    """95% over seeds; None with one seed, or where all seeds give one and the same value."""
+    n_seeds: int
+
+
+def estimate(values: Iterable[float | None]) -> Estimate | None:
+    """Return the mean of per-seed values with its t interval; None where no seed has one."""
+    known = [float(value) for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return None
+    return Estimate(math.fsum(known) / len(known), statistics.t_interval(known), len(known))
+
+
+def over_seeds(study: Study, variant: str, attribute: str | None = None) -> Estimate | None:
+    """Return a variant's degradation D over the middle layers, over its probed seeds; None where there is none."""
+    found = of_study(study, attribute)
+    return estimate(value.over_middle() for (name, _), value in found.items() if name == variant)
+
+
+def reduction(study: Study, baseline: str, variant: str, attribute: str | None = None) -> Estimate | None:
+    """Return D(baseline) - D(variant), paired by seed; None where no seed has both.
+
+    With a control in place of the baseline this is by how much the variant's reduction exceeds the control's: the
+    baseline's D cancels.
+    """
+    return estimate(reductions(study, baseline, variant, attribute)["reduction"])
+
+
+def reductions(study: Study, baseline: str, variant: str, attribute: str | None = None) -> pd.DataFrame:
     """Return the degradation reduction of every common probed seed.
+
+    Args:
+        study: the study.
+        baseline: the variant whose degradation is reduced.
+        variant: the other one.
+        attribute: one of the suite's; the reference attribute where None.
 
     Returns:
         Columns seed, reference, first_layer, last_layer (the middle layers), excluded_layers (a tuple: the middle
         layers that either variant regularises), d_baseline, d_variant, reduction, and the last three without the
         excluded layers, with the suffix `_excluded` (NA where there are none, or no other middle layer).
     """
-    known = of_study(study)
+    known = of_study(study, attribute)
     rows = []
     for seed in study.common_seeds(baseline, variant):
         if (baseline, seed) not in known or (variant, seed) not in known:

@@ -38,6 +38,8 @@ class Run:
     tasks: dict[str, TaskRecord]
     regularised_layer: int | None
     """The layer whose states the regularizer changed; None without one, or with weight 0, which only logs."""
+    lm_loss: float | None = None
+    """Training loss of the text at the last logged step, in nats per token; None where the export does not say."""
     _cache: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def samples(self, task: str) -> pd.DataFrame:
@@ -140,7 +142,9 @@ def find_study(results: Path, name: str | None = None) -> Path:
     if not known:
         raise StoreError(f"no study in the results folder {results}; `prebench run` makes one")
     if name is None:
-        return max(known, key=lambda folder: max(path.stat().st_mtime_ns for path in _written(folder)))
+        # A stored reference study has tables but no runs: it is found by its name alone.
+        computed = [folder for folder in known if (folder / "runs").is_dir()] or known
+        return max(computed, key=lambda folder: max(path.stat().st_mtime_ns for path in _written(folder)))
     if results / name not in known:
         hint = did_you_mean(name, [folder.name for folder in known])
         raise StoreError(f"unknown study {name!r} in the results folder {results}{hint}")
@@ -185,8 +189,9 @@ def _load_run(folder: Path, config: StudyConfig, variant: VariantConfig, seed: i
     hashes = {record.task: record.hashes for record in records}
     found = _probe_hashes(probe) if probed else None
     _check_weights(run.name, hashes if found is None else hashes | {PROBE_FILE: found})
-    layer = _regularised_layer(run / "model" / "prebench.json", variant)
-    return Run(variant.name, seed, run, {record.task: record for record in records}, layer)
+    manifest = run / "model" / "prebench.json"
+    layer = _regularised_layer(manifest, variant)
+    return Run(variant.name, seed, run, {record.task: record for record in records}, layer, _lm_loss(manifest))
 
 
 def _check_weights(run: str, hashes: dict[str, dict[str, str]]) -> None:
@@ -224,6 +229,12 @@ def _regularised_layer(manifest: Path, variant: VariantConfig) -> int | None:
             f"{manifest}: the whole number 'regularizer_layer' is missing; delete {manifest.parent} to train it again"
         )
     return layer
+
+
+def _lm_loss(manifest: Path) -> float | None:
+    values = read_json(manifest) if manifest.is_file() else {}
+    loss = values.get("lm_loss") if isinstance(values, dict) else None
+    return float(loss) if isinstance(loss, int | float) else None
 
 
 def _read_samples(path: Path) -> pd.DataFrame:

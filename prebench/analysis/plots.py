@@ -1,16 +1,22 @@
-"""Figures as deterministic SVG: equal records give equal bytes, colours are safe for colour-blind readers."""
+"""Figures as deterministic SVG and PDF: equal records give equal bytes; colours and markers safe for all readers."""
 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import pandas as pd
-from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
+from prebench.analysis import degradation, learning_curves, verdict
 from prebench.analysis.join import Study
 from prebench.analysis.tables import regularised_layers
 from prebench.store import write_bytes
@@ -22,6 +28,9 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 """Okabe and Ito's palette without yellow, which is too light for lines."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 ENCODER_LAYER = -1
+PER_ROW = 3
+"""Panels side by side: more could not be read in a README or on a phone."""
+_GREY = "#555555"
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "prebench",
     "svg.fonttype": "none",
@@ -31,89 +40,198 @@ _STYLE: dict[str, Any] = {
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
 }
-_LEGEND = "thick: mean over seeds; thin: one seed; ring: the layer that is regularised; dashed: vision encoder"
-_PANELS = (
-    ("patch", "", "centred_difference", "centred difference of patch similarity"),
-    ("patch", "", "auc", "AUC: same object against others"),
-)
+_PATCH = {"centred_difference": "patches: centred difference", "auc": "patches: AUC, same object"}
 
 
-def layer_curves(study: Study, path: Path) -> Path:
-    """Draw the probes over the layers of every variant, and return the path.
+@dataclass(frozen=True)
+class _Line:
+    """How a variant is drawn; a control is thinner and lighter, so that more than three lines stay readable."""
 
-    Panels: accuracy of the reference attribute, centred difference, AUC. Thick: mean over seeds; thin: each seed;
-    dashed grey: the vision encoder; a ring: the layer that the variant regularises.
+    colour: str
+    marker: str
+    width: float
+    alpha: float
+    band: float
+    """Opacity of the band over seeds."""
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    values: pd.DataFrame
+    """Columns variant, seed, x, y."""
+    percent: bool = False
+    reference: float | None = None
+    """A dashed line: the vision encoder."""
+
+
+def write_figures(study: Study) -> list[Path]:
+    """Write every figure of a study, each as SVG and as PDF, and return the paths.
 
     Raises:
-        StoreError: the file can't be written, or a probe is damaged.
+        StoreError: a file can't be written, or a record is damaged.
+    """
+    folder = study.folder / "figures"
+    paths = layer_curves(study, folder / "layer_curves.svg")
+    curves = learning_curves.curves(study)
+    if not curves.empty:
+        paths += training_curves(study, curves, folder / "learning_curves.svg")
+    return paths
+
+
+def layer_curves(study: Study, path: Path) -> list[Path]:
+    """Draw the probes over the layers of every variant; return the paths of the SVG and of the PDF beside it.
+
+    Panels: probe accuracy of each attribute of the suite, the reference attribute first; centred difference and AUC of
+    patch similarity. Line: mean over seeds; band: lowest to highest seed; dashed: the vision encoder; ring: the layer
+    that the variant regularises.
+
+    Raises:
+        StoreError: a file can't be written, or a probe is damaged.
     """
     frames = [run.probe().assign(variant=run.variant, seed=run.seed) for run in study.runs.values()]
     frames = [frame for frame in frames if not frame.empty]
-    panels: list[tuple[str, str, str, str]] = []
-    if frames and study.config.suite.probe is not None:
-        attribute = study.config.suite.probe.reference_attribute
-        panels = [("global", attribute, "accuracy", f"accuracy of a linear probe: {attribute}"), *_PANELS]
+    panels: list[_Panel] = []
+    if frames:
+        probes = pd.concat(frames, ignore_index=True)
+        panels = [_probe_panel(probes, name, "accuracy") for name in degradation.attributes(study)]
+        panels += [_probe_panel(probes, "", metric) for metric in _PATCH] if panels else []
+    rings = {variant: regularised_layers(study, variant) for variant in study.variants}
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.9 * max(1, len(panels)), 3.0), layout="constrained")
-        FigureCanvasSVG(figure)
-        if panels:
-            _draw(figure, panels, pd.concat(frames, ignore_index=True), study)
-            figure.supxlabel(_LEGEND, fontsize=8, color="#444444")
-        else:
+        figure = _figure(panels, study.variants, study, "decoder layer (0: its input)", rings)
+        if not panels:
             figure.text(0.5, 0.5, "no probe results yet", ha="center", va="center")
-        buffer = io.BytesIO()
-        # Without a date the file depends on the records alone.
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": f"{study.name}: probes by layer"})
-    write_bytes(path, buffer.getvalue())
-    return path
+        return _save(figure, path, f"{study.name}: probes by layer")
 
 
-def _draw(figure: Figure, panels: list[tuple[str, str, str, str]], probes: pd.DataFrame, study: Study) -> None:
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (level, attribute, metric, title) in zip(axes, panels, strict=True):
-        chosen = probes[(probes["level"] == level) & (probes["attribute"] == attribute) & (probes["metric"] == metric)]
-        _panel(axis, chosen, study)
-        axis.set_title(title)
-        axis.set_xlabel("decoder layer (0: its input)")
+def training_curves(study: Study, curves: pd.DataFrame, path: Path) -> list[Path]:
+    """Draw validation during the instruct stage; return the paths of the SVG and of the PDF beside it.
+
+    Panels: lm_loss, then accuracy of each question type, against the step; baseline and variants, without controls
+    where there are other variants. Line: mean over seeds; band: lowest to highest seed.
+
+    Args:
+        study: the study.
+        curves: its `learning_curves.curves`.
+        path: of the SVG.
+
+    Raises:
+        StoreError: a file can't be written.
+    """
+    controls = {name for name in study.variants if verdict.is_control(study, name)}
+    plain = [name for name in study.variants if name not in controls]
+    shown = plain if len(plain) > 1 else study.variants
+    mine = curves[curves["variant"].isin(shown) & (curves["stage"] == learning_curves.INSTRUCT)]
+    kinds = [(name, f"{name.replace('_', ' ')}: accuracy, %") for name in learning_curves.question_types(curves)]
+    columns = {"step": "x"}
+    panels = [
+        _Panel(title, mine.rename(columns=columns | {name: "y"})[["variant", "seed", "x", "y"]], name != "lm_loss")
+        for name, title in [("lm_loss", "lm_loss, nats per token"), *kinds]
+    ]
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(panels, shown, study, "instruct step", {})
+        return _save(figure, path, f"{study.name}: validation during training")
 
 
-def _panel(axis: Axes, probes: pd.DataFrame, study: Study) -> None:
-    layers = probes[probes["layer"] >= 0]
-    ends: list[tuple[float, str, str]] = []
-    last = int(layers["layer"].max()) if len(layers) else 0
+def _probe_panel(probes: pd.DataFrame, attribute: str, metric: str) -> _Panel:
+    level = "global" if attribute else "patch"
+    chosen = probes[(probes["level"] == level) & (probes["attribute"] == attribute) & (probes["metric"] == metric)]
+    layers = chosen[chosen["layer"] >= 0].rename(columns={"layer": "x", "value": "y"})
+    encoder = chosen.loc[chosen["layer"] == ENCODER_LAYER, "value"]
+    kind = next(iter(chosen["kind"]), "")
+    title = f"{attribute.replace('_', ' ')} ({kind}): accuracy, %" if attribute else _PATCH[metric]
+    reference = float(encoder.mean()) if len(encoder) else None
+    return _Panel(title, layers[["variant", "seed", "x", "y"]], bool(attribute), reference)
+
+
+def _lines(study: Study) -> dict[str, _Line]:
+    several = len(study.variants) > PER_ROW
+    lines = {}
     for i, variant in enumerate(study.variants):
-        mine = layers[layers["variant"] == variant]
-        if mine.empty:
+        light = several and verdict.is_control(study, variant)
+        look = (0.9, 0.65, 0.0) if light else (1.8, 1.0, 0.18)
+        lines[variant] = _Line(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], *look)
+    return lines
+
+
+def _figure(
+    panels: Sequence[_Panel], variants: Sequence[str], study: Study, x_label: str, rings: dict[str, set[int]]
+) -> Figure:
+    columns = min(PER_ROW, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(2.6 * columns + 0.2, 2.15 * rows + 0.75), layout="constrained")
+    FigureCanvasPdf(figure)
+    lines = {name: line for name, line in _lines(study).items() if name in variants}
+    for i, panel in enumerate(panels):
+        axis = figure.add_subplot(rows, columns, i + 1)
+        _draw(axis, panel, lines, rings)
+        axis.set_title(panel.title)
+        if i + columns >= len(panels):
+            axis.set_xlabel(x_label)
+    if panels:
+        handles = _legend(lines, any(rings.values()), any(panel.reference is not None for panel in panels))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2 if columns == 1 else 4, frameon=False)
+    return figure
+
+
+def _legend(lines: dict[str, _Line], ringed: bool, encoder: bool) -> list[Any]:
+    handles: list[Any] = [
+        Line2D([], [], color=line.colour, marker=line.marker, linewidth=line.width, alpha=line.alpha, ms=4, label=name)
+        for name, line in lines.items()
+    ]
+    if encoder:
+        handles.append(Line2D([], [], color=_GREY, linewidth=1, linestyle="--", label="vision encoder"))
+    if ringed:
+        ring = Line2D([], [], linestyle="none", marker="o", ms=9, label="regularised layer")
+        ring.set(markerfacecolor="none", markeredgecolor=_GREY)
+        handles.append(ring)
+    handles.append(Patch(color=_GREY, alpha=0.25, linewidth=0, label="line: mean, band: min to max over seeds"))
+    return handles
+
+
+def _draw(axis: Axes, panel: _Panel, lines: dict[str, _Line], rings: dict[str, set[int]]) -> None:
+    scale = 100 if panel.percent else 1
+    # Controls first, so that they lie below what they control.
+    for variant, line in sorted(lines.items(), key=lambda item: item[1].width):
+        by_seed = panel.values[panel.values["variant"] == variant].pivot_table(index="x", columns="seed", values="y")
+        if by_seed.empty:
             continue
-        colour = COLOURS[i % len(COLOURS)]
-        by_seed = mine.pivot_table(index="layer", columns="seed", values="value")
-        mean = by_seed.mean(axis=1)
-        if by_seed.shape[1] > 1:
-            axis.plot(by_seed.index, by_seed, color=colour, linewidth=0.6, alpha=0.45)
-        axis.plot(mean.index, mean, color=colour, linewidth=1.8, marker=MARKERS[i % len(MARKERS)], markersize=3.5)
-        for layer in sorted(regularised_layers(study, variant) & set(mean.index)):
-            axis.plot([layer], [mean[layer]], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
-        ends.append((float(mean.iloc[-1]), variant, colour))
-    encoder = probes.loc[probes["layer"] == ENCODER_LAYER, "value"]
-    if len(encoder):
-        value = float(encoder.mean())
-        axis.hlines(value, 0, last, color="#777777", linewidth=1, linestyle="--")
-        ends.append((value, "encoder", "#555555"))
-    axis.set_xticks(range(0, last + 1, max(1, last // 8)))
-    _label(axis, ends, last)
+        mean, low, high = (scale * getattr(by_seed, name)(axis=1) for name in ("mean", "min", "max"))
+        if line.band and by_seed.shape[1] > 1:
+            axis.fill_between(mean.index, low, high, color=line.colour, alpha=line.band, linewidth=0)
+        style: dict[str, Any] = {"color": line.colour, "alpha": line.alpha, "linewidth": line.width}
+        every = max(1, len(mean) // 8)
+        axis.plot(mean.index, mean, **style, marker=line.marker, markersize=3 + 0.5 * line.width, markevery=every)
+        for layer in sorted(rings.get(variant, set()) & set(mean.index)):
+            ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": line.colour, "alpha": line.alpha}
+            axis.plot([layer], [mean[layer]], "o", markersize=9 + 1.5 * line.width, **ring)
+    if panel.reference is not None:
+        axis.axhline(scale * panel.reference, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+    _scale(axis, panel, scale)
 
 
-def _label(axis: Axes, ends: list[tuple[float, str, str]], last: int) -> None:
-    """Name each line at its right end, moved apart so that no two names overlap."""
+def _scale(axis: Axes, panel: _Panel, scale: float) -> None:
     low, high = axis.get_ylim()
     # Where all lines are flat the axis would magnify rounding noise.
-    if high - low < 0.02:
-        low, high = low - 0.01, high + 0.01
-    gap = (high - low) * 0.07
-    placed: list[float] = []
-    for value, name, colour in sorted(ends):
-        height = max(value, placed[-1] + gap) if placed else value
-        placed.append(height)
-        axis.annotate(name, (last, height), xytext=(8, 0), textcoords="offset points", color=colour, va="center")
-    axis.set_ylim(low, max([high, *(height + gap / 2 for height in placed)]))
-    axis.set_xlim(-0.3, last + 0.3)
+    if high - low < 0.02 * scale:
+        low, high = low - 0.01 * scale, high + 0.01 * scale
+    axis.set_ylim(low, min(high, 101.5) if panel.percent else high)
+    if len(panel.values) and panel.values["x"].max() <= 64 and panel.reference is not None:
+        last = int(panel.values["x"].max())
+        axis.set_xticks(range(0, last + 1, max(1, math.ceil(last / 8))))
+    axis.grid(axis="y", color="#dddddd", linewidth=0.5)
+    axis.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path, title: str) -> list[Path]:
+    """Write a figure as SVG and PDF; without dates the files depend on the records alone."""
+    # One drawing settles the layout; a second format would start from its result and differ from run to run.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    paths = []
+    for form, undated in (("svg", "Date"), ("pdf", "CreationDate")):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, metadata={undated: None, "Title": title})
+        paths.append(path.with_suffix(f".{form}"))
+        write_bytes(paths[-1], buffer.getvalue())
+    return paths

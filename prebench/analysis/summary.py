@@ -1,20 +1,12 @@
-"""What `prebench run` prints at the end: scores beside scores that need no image, degradation, and a plain verdict."""
+"""What `prebench run` prints at the end: scores beside scores that need no image, degradation, a verdict in words."""
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 
-from prebench.analysis import degradation, question_types
-from prebench.analysis.compare import (
-    HIGHER,
-    LOWER,
-    MIN_SEEDS,
-    Comparison,
-    DegradationComparison,
-    TaskComparison,
-    compare,
-    references,
-)
+from prebench.analysis import degradation, question_types, verdict
+from prebench.analysis.compare import TOO_FEW_SEEDS, compare, references
 from prebench.analysis.join import Study
 from prebench.analysis.render import interval, marked, percent, text_table
 from prebench.analysis.tables import SPREAD_IMAGES, SPREAD_SEEDS, score
@@ -24,14 +16,15 @@ WIDTH = 100
 
 
 def summary_text(study: Study, width: int = WIDTH) -> str:
-    """Return the scores, by type of question too, degradation and a verdict per variant, as plain text.
+    """Return scores, by type of question too, degradation, differences and the verdict in words, as plain text.
 
     Raises:
         StoreError: a record is damaged.
     """
     parts = [_scores(study, width)]
-    parts += [table for table in (question_types.text(study, width), _degradation(study, width)) if table]
-    parts.append("".join(f"{textwrap.fill(line, width)}\n" for line in _verdicts(study)))
+    tables = (question_types.text(study, width), _degradation(study, width), _differences(study, width))
+    parts += [table for table in tables if table]
+    parts.append("".join(f"{textwrap.fill(line, width)}\n" for line in verdict.sentences(study)))
     return "\n".join(parts).rstrip("\n")
 
 
@@ -51,75 +44,70 @@ def _scores(study: Study, width: int) -> str:
     return text_table(title, ["task", "majority", "blind", *study.variants], rows, width)
 
 
-def _degradation(study: Study, width: int) -> str:
-    known = degradation.of_study(study)
-    if not known:
-        return ""
-    rows = []
+def _differences(study: Study, width: int) -> str:
+    """Return what the benchmarks' part of the verdict rests on: every variant against the baseline, task by task."""
+    base = study.baseline
+    found = {}
     for variant in study.variants:
-        mine = [value for (name, _), value in known.items() if name == variant]
-        means = [mean for mean in (value.over_middle() for value in mine) if mean is not None]
-        if means:
+        # What can't be compared has its reason in the verdict.
+        with contextlib.suppress(ComparisonError):
+            if base not in (None, variant):
+                found[variant] = {row.task: row for row in compare(study, str(base), variant).tasks}
+    rows, short = [], {TOO_FEW_SEEDS: "too few seeds"}
+    for task in study.tasks:
+        for variant, cells in found.items():
+            row = cells.get(task.task)
+            if row is not None:
+                shown = [percent(row.difference, signed=True), interval(row.low, row.high), percent(row.mdd)]
+                rows.append(
+                    [f"{marked(task.label, task.data_source)}: {variant}", *shown, short.get(row.verdict, row.verdict)]
+                )
+    if not rows:
+        return ""
+    title = (
+        f"difference from {base}, in points, with 95% interval over seeds (one seed: over images); MDD: smallest "
+        "difference found with 80% power"
+    )
+    return text_table(title, ["benchmark: variant", "difference", "95% interval", "MDD", "verdict"], rows, width)
+
+
+def _degradation(study: Study, width: int) -> str:
+    rows, first = [], None
+    names = degradation.attributes(study)
+    for attribute in names:
+        known = degradation.of_study(study, attribute)
+        # Controls belong to the claim; for the other attributes they stand in tables/degradation.csv.
+        claim = attribute == names[0]
+        for variant in (name for name in study.variants if claim or not verdict.is_control(study, name)):
+            mine = [value for (name, _), value in known.items() if name == variant]
+            found = degradation.over_seeds(study, variant, attribute)
+            if found is None:
+                continue
+            first = mine[0]
             reference = sum(value.reference for value in mine) / len(mine)
             worst = max(sum(values) / len(values) for values in _by_layer(mine).values())
-            total = percent(sum(means) / len(means), signed=True)
-            rows.append([variant, percent(reference), total, percent(worst, signed=True), str(len(mine))])
-    first = next(iter(known.values()))
+            cells = [percent(reference), _with_interval(found), percent(worst, signed=True)]
+            base = study.baseline
+            less = None if base in (None, variant) else degradation.reduction(study, str(base), variant, attribute)
+            rows.append([f"{attribute.replace('_', ' ')}: {variant}", *cells, _with_interval(less), str(len(mine))])
+    if first is None:
+        return ""
     layers = degradation.middle_layers(first.num_layers)
-    title = f"degradation: probe accuracy of {first.attribute!r} at the encoder minus at the layers, in points"
+    title = (
+        "degradation: probe accuracy at the encoder minus at the layers, in points, with 95% t interval over seeds; "
+        f"the claim is about {names[0].replace('_', ' ')}"
+    )
     middle = f"layers {layers.start}-{layers.stop - 1}"
-    return text_table(title, ["variant", "encoder, %", middle, "worst layer", "seeds"], rows, width)
+    header = ["attribute: variant", "encoder", middle, "worst", "reduction", "seeds"]
+    return text_table(title, header, rows, width)
+
+
+def _with_interval(found: degradation.Estimate | None) -> str:
+    if found is None:
+        return ""
+    text = percent(found.mean, signed=True)
+    return text if found.interval is None else f"{text} {interval(found.interval.low, found.interval.high)}"
 
 
 def _by_layer(found: list[degradation.Degradation]) -> dict[int, list[float]]:
     return {layer: [value.per_layer[layer] for value in found] for layer in found[0].per_layer}
-
-
-def _verdicts(study: Study) -> list[str]:
-    base = study.baseline
-    others = [variant for variant in study.variants if variant != base]
-    if base is None or not others:
-        return ["No baseline and variant to compare yet."]
-    lines = []
-    for variant in others:
-        try:
-            lines.append(_verdict(compare(study, base, variant)))
-        except ComparisonError as error:
-            # The runs stand for themselves; what can't be paired is said, not hidden.
-            lines.append(f"{variant}: not compared with {base}: {error}")
-    return lines
-
-
-def _verdict(found: Comparison) -> str:
-    shown = "; ".join(_difference(row) for row in found.tasks) or "no task was evaluated for both"
-    parts = [f"{found.b} against {found.a}, difference in points with 95% interval: {shown}."]
-    if found.degradation:
-        parts.append(_reduction(found.degradation[0]))
-    if found.tasks:
-        parts.append(_conclusion(found, min(row.n_seeds for row in found.tasks)))
-    return " ".join(parts)
-
-
-def _difference(row: TaskComparison) -> str:
-    return f"{marked(row.label, row.data_source)} {percent(row.difference, signed=True)} {interval(row.low, row.high)}"
-
-
-def _reduction(row: DegradationComparison) -> str:
-    bounds = interval(row.low, row.high) if row.low is not None else "(no interval)"
-    return f"Degradation reduction over layers {row.layers}: {percent(row.reduction, signed=True)} {bounds}."
-
-
-def _conclusion(found: Comparison, n_seeds: int) -> str:
-    if n_seeds < MIN_SEEDS:
-        seeds = "one seed" if n_seeds == 1 else f"{n_seeds} seeds"
-        return (
-            f"With {seeds} per variant nothing can be concluded about the procedure: the intervals are about "
-            f"{found.tasks[0].estimand}."
-        )
-    parts = []
-    for verdict in (HIGHER, LOWER):
-        names = [marked(row.label, row.data_source) for row in found.tasks if row.verdict == verdict]
-        if names:
-            parts.append(f"{verdict} on {', '.join(names)}")
-    said = " and ".join(parts) if parts else "no difference shown on any task"
-    return f"Over {n_seeds} seeds, with Holm's correction at 5%: {said}."

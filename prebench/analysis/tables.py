@@ -1,4 +1,6 @@
-"""The tables of a study: scores.csv and tables/{main,question_types,probes,degradation,correlation} as CSV and LaTeX.
+"""The tables of a study: scores.csv; main, question_types, seeds, probes, degradation, correlation as CSV and LaTeX.
+
+Beside them the verdict in words and, where training was validated, learning_curves.csv and the table `matched`.
 
 CSV holds fractions and is what to compute with; LaTeX prints per cent and is what to print. All of it is rebuilt from
 the records, and equal records give equal bytes.
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prebench.analysis import degradation, question_types, statistics
+from prebench.analysis import degradation, learning_curves, question_types, seeds, statistics, verdict
 from prebench.analysis.compare import references
 from prebench.analysis.join import Run, Study, scores_frame
 from prebench.analysis.render import NOT_DEFINED, interval, latex_table, marked, p_value, percent, to_csv
@@ -25,6 +27,7 @@ MAJORITY = "majority (no image)"
 BLIND = "blind (question text alone)"
 SPREAD_SEEDS = "SD over seeds"
 SPREAD_IMAGES = "half the 95% interval over images"
+VERDICT_FILE = "verdict.txt"
 PATCH_METRICS = ("cohesion", "coupling", "contrast_ratio", "centred_difference", "auc")
 GENERATED_NOTE = "(generated): data made by a generator in the benchmark's format, not the benchmark."
 
@@ -50,17 +53,29 @@ def write_tables(study: Study) -> list[Path]:
     makers: dict[str, Callable[[Study], tuple[pd.DataFrame, pd.DataFrame, str]]] = {
         "main": _main,
         "question_types": question_types.table,
+        "seeds": seeds.table,
         "probes": _probes,
         "degradation": _degradation,
         "correlation": _correlation,
     }
     for name, make in makers.items():
-        numbers, printed, caption = make(study)
-        csv, tex = (study.folder / "tables" / f"{name}.{end}" for end in ("csv", "tex"))
-        write_text(csv, to_csv(numbers))
-        write_text(tex, latex_table(printed, caption, f"tab:{study.name}-{name}"))
-        paths += [csv, tex]
+        paths += _write(study, name, make(study))
+    curves = learning_curves.curves(study)
+    if not curves.empty:
+        paths.append(study.folder / "tables" / "learning_curves.csv")
+        write_text(paths[-1], to_csv(curves))
+        paths += _write(study, "matched", learning_curves.matched_table(study, curves))
+    paths.append(study.folder / "tables" / VERDICT_FILE)
+    write_text(paths[-1], "".join(f"{line}\n" for line in verdict.sentences(study, curves)))
     return paths
+
+
+def _write(study: Study, name: str, made: tuple[pd.DataFrame, pd.DataFrame, str]) -> list[Path]:
+    numbers, printed, caption = made
+    csv, tex = (study.folder / "tables" / f"{name}.{end}" for end in ("csv", "tex"))
+    write_text(csv, to_csv(numbers))
+    write_text(tex, latex_table(printed, caption, f"tab:{study.name}-{name}"))
+    return [csv, tex]
 
 
 def score(study: Study, variant: str, task: str) -> Score | None:
@@ -214,39 +229,46 @@ def _per_layer_degradation(study: Study) -> dict[tuple[str, int], dict[str, floa
 
 
 def _degradation(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """One row per variant: R, D over the middle layers, and the reduction against the baseline."""
-    known = degradation.of_study(study)
-    rows = []
-    for variant in study.variants:
-        mine = [value for (name, _), value in known.items() if name == variant]
-        if mine:
-            means = [value.over_middle() for value in mine]
-            rows.append(
-                {
-                    "variant": variant,
-                    "n_seeds": len(mine),
-                    "reference": float(np.mean([value.reference for value in mine])),
-                    "degradation": float(np.mean([np.nan if mean is None else mean for mean in means])),
-                    **_reduction(study, variant),
-                }
-            )
-    columns = ["variant", "n_seeds", "reference", "degradation", "reduction", "low", "high"]
+    """One row per attribute and variant: R, D over the middle layers, and the reduction against the baseline."""
+    rows: list[dict[str, Any]] = []
+    names = degradation.attributes(study)
+    for attribute in names:
+        known = degradation.of_study(study, attribute)
+        for variant in study.variants:
+            mine = [value for (name, _), value in known.items() if name == variant]
+            found = degradation.over_seeds(study, variant, attribute)
+            if found is not None:
+                row: dict[str, Any] = {"attribute": attribute, "claim": attribute == names[0]}
+                row |= {"variant": variant, "n_seeds": len(mine), "degradation": found.mean}
+                row |= {"reference": float(np.mean([value.reference for value in mine]))}
+                row |= _bounds(found, "_degradation")
+                rows.append(row | _reduction(study, variant, attribute))
+    columns = ["attribute", "claim", "variant", "n_seeds", "reference", "degradation", "low_degradation"]
+    columns += ["high_degradation", "reduction", "low", "high"]
     columns += ["excluded_layers", "reduction_excluded", "low_excluded", "high_excluded"]
     numbers = pd.DataFrame(rows, columns=columns)
-    printed = pd.DataFrame({"Variant": numbers["variant"], "Seeds": numbers["n_seeds"].astype(str)})
+    printed = pd.DataFrame({"Attribute": [str(name).replace("_", " ") for name in numbers["attribute"]]})
+    printed["Variant"] = numbers["variant"]
+    printed["Seeds"] = numbers["n_seeds"].astype(str)
     printed["R"] = [percent(v) for v in numbers["reference"]]
-    printed["D"] = [percent(v, signed=True) for v in numbers["degradation"]]
-    for end, title in (("", "Reduction"), ("_excluded", "Without regularised layers")):
-        parts = (numbers[f"{name}{end}"] for name in ("reduction", "low", "high"))
+    shown = {"D": ("degradation", "_degradation"), "Reduction": ("reduction", "")}
+    shown["Without regularised layers"] = ("reduction_excluded", "_excluded")
+    for title, (name, end) in shown.items():
+        parts = (numbers[column] for column in (name, f"low{end}", f"high{end}"))
         printed[title] = [_with_interval(*values) for values in zip(*parts, strict=True)]
-    attribute = study.config.suite.probe.reference_attribute if study.config.suite.probe else "none"
+    first = next(iter(names), "none")
     caption = (
-        f"Study {study.name}: degradation D of {attribute}, in points: probe accuracy R at the vision encoder minus "
-        "its mean over the middle layers, ceil(L/4) to floor(3L/4). Reduction: D of the baseline minus D of the "
-        "variant, paired by seed, with a t interval over seeds; also without the layers that either of the two "
-        "regularises (weight above 0)."
+        f"Study {study.name}: degradation D, in points: probe accuracy R at the vision encoder minus its mean over the "
+        "middle layers, ceil(L/4) to floor(3L/4), with a t interval over seeds. Reduction: D of the baseline minus D "
+        "of the variant, paired by seed, with a t interval over seeds; also without the layers that either of the two "
+        f"regularises (weight above 0). The claim is about {first}; the other attributes are shown beside it."
     )
     return numbers, printed, caption
+
+
+def _bounds(found: degradation.Estimate, end: str) -> dict[str, float | None]:
+    low, high = (found.interval.low, found.interval.high) if found.interval else (None, None)
+    return {f"low{end}": low, f"high{end}": high}
 
 
 def _with_interval(value: float, low: float, high: float) -> str:
@@ -254,17 +276,15 @@ def _with_interval(value: float, low: float, high: float) -> str:
     return text if pd.isna(low) else f"{text} {interval(low, high)}"
 
 
-def _reduction(study: Study, variant: str) -> dict[str, Any]:
+def _reduction(study: Study, variant: str, attribute: str) -> dict[str, Any]:
     if study.baseline in (None, variant):
         return {}
-    frame = degradation.reductions(study, str(study.baseline), variant)
+    frame = degradation.reductions(study, str(study.baseline), variant, attribute)
     cells: dict[str, Any] = {}
     for end in ("", "_excluded"):
-        values = frame[f"reduction{end}"].dropna().to_numpy()
-        if len(values):
-            found = statistics.t_interval(values)
-            bounds = (found.low, found.high) if found else (None, None)
-            cells |= {f"reduction{end}": float(values.mean()), f"low{end}": bounds[0], f"high{end}": bounds[1]}
+        found = degradation.estimate(frame[f"reduction{end}"])
+        if found is not None:
+            cells |= {f"reduction{end}": found.mean, **_bounds(found, end)}
     if "reduction_excluded" in cells:
         cells["excluded_layers"] = " ".join(map(str, frame["excluded_layers"].iloc[0]))
     return cells

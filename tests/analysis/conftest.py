@@ -24,6 +24,7 @@ ACCURACY = {"baseline": (0.90, 0.80, 0.70, 0.60, 0.50), "pre": (0.90, 0.85, 0.80
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "pre-shuffled": {"regularizer": {"weight": 0.5, "anchor": "shuffled"}},
+    "pre-frozen-copy": {"regularizer": {"weight": 0.5, "anchor": "frozen_copy"}},
     "norm-penalty": {"regularizer": {"type": "norm_penalty", "weight": 0.5}},
     "baseline-again": {"regularizer": {"weight": 0.0}, "seed_offset": 1000},
 }

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from prebench.cli import main
 
-from .conftest import StudyMaker, sample, write_task
+from .conftest import StudyMaker, sample, write_curve, write_task
 
 pytestmark = pytest.mark.latex
 
@@ -24,6 +24,7 @@ LABELS = {
     "vqav2_val": "VQAv2 on scenes",
     "pope": "POPE on scenes",
 }
+TABLES = ("main", "question_types", "seeds", "probes", "degradation", "correlation", "matched")
 STUDY = "a_b & 5% #1"
 VARIANT = "pre_x.y-z"
 DOCUMENT = r"""\documentclass{article}
@@ -40,6 +41,7 @@ def sources(make_study: StudyMaker, tmp_path: Path) -> dict[str, str]:
     """Tables that the command line writes for a study of awkward names, by name."""
     folder = make_study({"baseline": 0.4, VARIANT: 0.7, "early": 0.5})
     for run in (folder / "runs").iterdir():
+        write_curve(run, [1.5, 1.0, 0.7])
         for task in ("vqav2_val", "pope"):
             kinds = [{"question_type": ("color_count", "relation")[i % 2], "blind_score": i % 3 / 2} for i in range(40)]
             samples = [sample(i, float(i % 5 > 0), **kind) for i, kind in enumerate(kinds)]
@@ -78,7 +80,7 @@ def _compile(folder: Path, name: str, text: str, packages: str) -> str:
 
 
 def test_every_table_compiles_and_stays_inside_the_page(sources: dict[str, str], tmp_path: Path) -> None:
-    assert set(sources) == {"main", "question_types", "probes", "degradation", "correlation", "compare"}
+    assert set(sources) == {*TABLES, "compare"}
     for name, text in sources.items():
         log = _compile(tmp_path, name, text, r"\usepackage{graphicx}")
         wide = [line for line in log.splitlines() if re.match(r"Overfull|LaTeX Warning: Float too large", line)]

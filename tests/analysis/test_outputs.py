@@ -15,14 +15,14 @@ import pytest
 
 from prebench.analysis.compare import ESTIMAND_MODELS, ESTIMAND_PROCEDURE, compare, render
 from prebench.analysis.join import load_study
-from prebench.analysis.plots import layer_curves
+from prebench.analysis.plots import layer_curves, write_figures
 from prebench.analysis.render import escape_latex, p_value, percent
 from prebench.analysis.summary import summary_text
 from prebench.analysis.tables import trained_models, write_tables
 from prebench.errors import ComparisonError
 from prebench.store import read_jsonl
 
-from .conftest import StudyMaker, random_scores, write_run
+from .conftest import StudyMaker, random_scores, write_curve, write_run
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -70,7 +70,11 @@ def test_one_seed_speaks_about_two_models_only(make_study: StudyMaker) -> None:
     assert row.p is not None and row.p < 0.01 and row.p_seeds_exact is None
     assert found.degradation[0].low is None
     text = summary_text(study)
-    assert "With one seed per variant nothing can be concluded about the procedure" in " ".join(text.split())
+    flat = " ".join(text.split())
+    assert "With one seed per variant nothing can be concluded about the training procedure" in flat
+    # No verdict, and no number that looks like one: every difference is followed by what is known of its error.
+    assert "too few seeds to conclude on 2 of 2 tasks" in flat and "higher" not in flat
+    assert "pre: reduction +10.0 (no interval) over 1 seed" in flat
 
 
 def test_equal_variants_show_no_difference(make_study: StudyMaker) -> None:
@@ -146,7 +150,7 @@ def test_latex_is_complete_and_needs_booktabs_only(make_study: StudyMaker) -> No
     write_tables(study)
     sources = [path.read_text() for path in sorted((folder / "tables").glob("*.tex"))]
     sources.append(render(compare(study, "baseline", "pre_x"), "latex"))
-    assert len(sources) == 6
+    assert len(sources) == 7
     for text in sources:
         for name in (r"\begin", r"\end"):
             assert text.count(name) == 2
@@ -172,7 +176,7 @@ def test_latex_escapes_every_special_character() -> None:
 def test_tables_hold_the_numbers_of_the_records(make_study: StudyMaker) -> None:
     folder = make_study()
     paths = write_tables(load_study(folder))
-    assert all(path.is_file() for path in paths) and len(paths) == 11
+    assert all(path.is_file() for path in paths) and len(paths) == 14
     main = pd.read_csv(folder / "tables" / "main.csv", index_col="variant")
     values = [raw_mean(folder, f"pre-s{seed}") for seed in (0, 1, 2)]
     assert main.loc["pre", "GQA on scenes (generated)"] == pytest.approx(np.mean(values), abs=1e-6)
@@ -183,11 +187,47 @@ def test_tables_hold_the_numbers_of_the_records(make_study: StudyMaker) -> None:
     assert probes.loc[("baseline", 2), "accuracy_background"] == pytest.approx(0.69)
     assert probes.loc[("pre", 2), "reduction"] == pytest.approx(0.11)
     assert probes["regularised"].sum() == 1 and probes.loc[("pre", 2), "regularised"]
-    degraded = pd.read_csv(folder / "tables" / "degradation.csv", index_col="variant")
-    assert degraded.loc["baseline", "degradation"] == pytest.approx(0.26)
-    assert degraded.loc["pre", "reduction"] == pytest.approx(0.11)
-    # Reductions .10, .11, .12: t interval .11 -/+ 4.3027 * .01 / sqrt(3).
-    assert degraded.loc["pre", "low"] == pytest.approx(0.11 - 4.302653 * 0.01 / np.sqrt(3), abs=1e-6)
+    degraded = pd.read_csv(folder / "tables" / "degradation.csv", index_col=["attribute", "variant"])
+    assert degraded["claim"].tolist() == [True, True, False, False]
+    base, pre = degraded.loc[("background", "baseline")], degraded.loc[("background", "pre")]
+    # D is .25, .26, .27 over the seeds, the reductions .10, .11, .12: t intervals -/+ 4.3027 * .01 / sqrt(3).
+    half = 4.302653 * 0.01 / np.sqrt(3)
+    found = [base["degradation"], base["low_degradation"], base["high_degradation"]]
+    assert found == pytest.approx([0.26, 0.26 - half, 0.26 + half], abs=1e-6)
+    assert [pre["reduction"], pre["low"], pre["high"]] == pytest.approx([0.11, 0.11 - half, 0.11 + half], abs=1e-6)
+    assert degraded.loc[("fill", "pre"), ["reference", "degradation", "reduction"]].tolist() == pytest.approx(
+        [1.0, 0.01, 0.0], abs=1e-6
+    )
+
+
+def test_every_trained_model_has_a_row(make_study: StudyMaker) -> None:
+    folder = make_study()
+    write_tables(load_study(folder))
+    seeds = pd.read_csv(folder / "tables" / "seeds.csv", index_col=["variant", "seed"])
+    assert len(seeds) == 6
+    assert seeds.loc[("baseline", 1), ["degradation", "degradation_excluded", "lm_loss"]].tolist() == pytest.approx(
+        [0.26, 0.95 - (0.79 + 0.59) / 2, 0.6]
+    )
+    assert seeds.loc[("pre", 1), ["degradation", "reduction"]].tolist() == pytest.approx([0.15, 0.11])
+    assert seeds.loc["baseline", ["reduction", "easy_VQA & more gain"]].isna().all().all()
+    title = "GQA on scenes (generated)"
+    assert seeds.loc[("pre", 2), title] == pytest.approx(raw_mean(folder, "pre-s2"), abs=1e-6)
+    gain = raw_mean(folder, "pre-s2") - raw_mean(folder, "baseline-s2")
+    assert seeds.loc[("pre", 2), f"{title} gain"] == pytest.approx(gain, abs=1e-6)
+    degraded = pd.read_csv(folder / "tables" / "degradation.csv", index_col=["attribute", "variant"])
+    reductions = seeds.loc["baseline", "degradation_excluded"] - seeds.loc["pre", "degradation_excluded"]
+    assert degraded.loc[("background", "pre"), "reduction_excluded"] == pytest.approx(reductions.mean(), abs=1e-6)
+
+
+def test_a_seed_without_its_baseline_has_no_gain(make_study: StudyMaker) -> None:
+    folder = make_study()
+    shutil.rmtree(folder / "runs" / "baseline-s1")
+    (folder / "runs" / "pre-s0" / "model" / "prebench.json").write_text('{"regularizer_layer": 2, "lm_loss": null}')
+    write_tables(load_study(folder))
+    seeds = pd.read_csv(folder / "tables" / "seeds.csv", index_col=["variant", "seed"])
+    assert seeds.loc["pre", "reduction"].isna().tolist() == [False, True, False]
+    assert seeds.loc["pre", "easy_VQA & more gain"].isna().tolist() == [False, True, False]
+    assert seeds.loc["pre", "lm_loss"].isna().tolist() == [True, False, False]
 
 
 def test_correlation_counts_trained_models(make_study: StudyMaker) -> None:
@@ -207,24 +247,28 @@ def test_correlation_counts_trained_models(make_study: StudyMaker) -> None:
 
 def test_repetition_gives_equal_bytes(make_study: StudyMaker) -> None:
     folder = make_study()
+    for run in (folder / "runs").iterdir():
+        write_curve(run, [1.5, 1.0, 0.7])
     texts = []
     contents = []
     for _ in range(2):
         study = load_study(folder)
         write_tables(study)
-        layer_curves(study, folder / "figures" / "layer_curves.svg")
+        write_figures(study)
         contents.append(files_of(folder))
         texts.append([summary_text(study), *(render(compare(study, "baseline", "pre"), f) for f in ("text", "csv"))])
-    assert contents[0] == contents[1] and len(contents[0]) == 12
+    assert contents[0] == contents[1] and len(contents[0]) == 21
     assert texts[0] == texts[1]
 
 
 def test_figure_is_labelled_svg(make_study: StudyMaker) -> None:
     folder = make_study()
-    path = layer_curves(load_study(folder), folder / "figures" / "layer_curves.svg")
+    path, pdf = layer_curves(load_study(folder), folder / "figures" / "layer_curves.svg")
+    assert pdf == path.with_suffix(".pdf") and pdf.read_bytes().startswith(b"%PDF")
     root = ElementTree.fromstring(path.read_text())  # noqa: S314
     words = " ".join(root.itertext())
-    for word in ("baseline", "pre", "encoder", "background", "AUC", "centred difference", "decoder layer"):
+    shown = ("background (unasked): accuracy, %", "fill (asked): accuracy, %", "min to max over seeds")
+    for word in (*shown, "baseline", "pre", "encoder", "AUC", "centred difference", "decoder layer"):
         assert word in words
     assert path.stat().st_size < 200_000
 
@@ -233,7 +277,7 @@ def test_study_without_a_probe_still_has_every_table(make_study: StudyMaker) -> 
     folder = make_study(probe=False)
     study = load_study(folder)
     assert all(path.is_file() for path in write_tables(study))
-    assert "no probe results yet" in layer_curves(study, folder / "figures" / "a.svg").read_text()
+    assert "no probe results yet" in layer_curves(study, folder / "figures" / "a.svg")[0].read_text()
     assert compare(study, "baseline", "pre").degradation == ()
     assert "degradation" not in summary_text(study)
 
@@ -247,8 +291,8 @@ def test_summary_puts_scores_beside_what_needs_no_image(make_study: StudyMaker) 
     assert "25.0" in line and "40.0" in line
     assert f"{100 * np.mean([raw_mean(folder, f'pre-s{s}') for s in (0, 1, 2)]):.1f} ±" in line
     flat = " ".join(text.split())
-    assert "Degradation reduction over layers 1-3: +11.0 [+8.5, +13.5]" in flat
-    assert "Over 3 seeds, with Holm's correction at 5%: higher on GQA on scenes (generated)" in flat
+    assert "pre reduces it by 11.0 [8.5, 13.5] over 3 seeds" in flat
+    assert "higher on GQA on scenes (generated) +" in flat and "Holm's correction over 2 tasks at 5%" in flat
 
 
 def test_summary_says_what_could_not_be_compared(make_study: StudyMaker) -> None:
@@ -269,8 +313,8 @@ def test_only_what_is_regularised_is_called_so(make_study: StudyMaker) -> None:
     assert layers["pre", "baseline"] == layers["baseline", "pre"] == ["1-3", "1-3 without 2, the regularised one"]
     assert layers["early", "pre"] == ["1-3", "1-3 without 1 and 2, the regularised ones"]
     write_tables(study)
-    degraded = pd.read_csv(folder / "tables" / "degradation.csv", index_col="variant")
-    assert degraded.loc[["early", "pre"], "excluded_layers"].tolist() == [1, 2]
+    degraded = pd.read_csv(folder / "tables" / "degradation.csv", index_col=["attribute", "variant"])
+    assert degraded.loc["background"].loc[["early", "pre"], "excluded_layers"].tolist() == [1, 2]
     probes = pd.read_csv(folder / "tables" / "probes.csv")
     rows = probes[probes["regularised"]]
     assert list(zip(rows["variant"], rows["layer"], strict=True)) == [("early", 1), ("pre", 2)]
@@ -296,7 +340,8 @@ def test_a_study_with_probes_alone_has_every_output(make_study: StudyMaker, seed
     assert all(path.is_file() for path in write_tables(study))
     layer_curves(study, folder / "figures" / "layer_curves.svg")
     flat = " ".join(summary_text(study).split())
-    assert "no task was evaluated yet" in flat and "Degradation reduction over layers 1-3: +1" in flat
+    assert "no task was evaluated yet" in flat and "Degradation of background over layers 1-3: baseline 2" in flat
+    assert "Benchmarks, pre against baseline: no task was evaluated for both" in flat
     found = compare(study, "baseline", "pre")
     assert found.tasks == () and found.degradation[0].n_seeds == len(seeds)
     assert any("With fewer than 3 seeds" in note for note in found.notes) == (len(seeds) < 3)
