@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Two workers: a test waits for its child processes half of the time.
+PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .PHONY: run test quick lint install clean
 
@@ -9,11 +11,11 @@ run: install
 	$(BIN)/prebench run --suite full
 
 test: install lint
-	$(BIN)/python -m pytest -q -m "not slow and not cuda"
-	$(BIN)/python -m pytest -q -m "slow and not cuda"
+	$(PYTEST) -m "not slow and not cuda"
+	$(PYTEST) -m "slow and not cuda"
 
 quick: install
-	$(BIN)/python -m pytest -q -m "not slow and not cuda"
+	$(PYTEST) -m "not slow and not cuda"
 
 lint: install
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
+import psutil
+
 from prebench.errors import TrainingError
 from prebench.progress import ProgressLine
 
@@ -44,7 +46,8 @@ def choose_jobs(requested: int | None, num_items: int, threads_per_job: int | No
         return max(1, min(requested, num_items))
     if device != "cpu" or threads_per_job is None:
         return 1
-    return max(1, min(num_items, available_cores() // threads_per_job, _available_bytes() // JOB_BYTES))
+    memory = psutil.virtual_memory().available
+    return max(1, min(num_items, available_cores() // threads_per_job, memory // JOB_BYTES))
 
 
 def available_cores() -> int:
@@ -52,13 +55,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _available_bytes() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return JOB_BYTES
 
 
 def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_processes: int) -> None:
