@@ -20,7 +20,14 @@ settings.load_profile("prebench")
 WORDS = ["is there a red circle?", "what color is the circle?", "yes no red blue circle square", "describe the image."]
 TINY = ModelConfig.model_validate(
     {
-        "vision_tower": {"pretrained": None, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64},
+        "vision_tower": {
+            "pretrained": None,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "intermediate_size": 64,
+            "image_size": 64,
+            "patch_size": 8,
+        },
         "language_model": {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64},
     }
 )

@@ -167,7 +167,7 @@ def test_odd_images_are_answered(engine) -> None:
     ]
     requests = [GenerationRequest(i, _messages("yes", image), 3) for i, image in enumerate(images)]
     requests += [
-        GenerationRequest("empty", _messages("", _image(0)), 3),
+        GenerationRequest("blank", _messages(" ", _image(0)), 3),
         GenerationRequest("long", _messages("a " * 5000), 3),
     ]
     assert len(_answers(engine, requests)) == len(requests)
@@ -179,7 +179,7 @@ def test_an_error_in_the_computation_stays_with_its_document(engine, expected, m
     original = engine_module.greedy
 
     def failing(model, cache, length, suffixes, *rest):
-        if len(suffixes) > 6 or any(list(s[-len(poison) - 1 : -1]) == poison for s in suffixes):
+        if len(suffixes) > 6 or any(list(s[-len(poison) :]) == poison for s in suffixes):
             raise torch.OutOfMemoryError("no memory left")
         return original(model, cache, length, suffixes, *rest)
 

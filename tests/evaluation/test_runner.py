@@ -13,7 +13,7 @@ import pytest
 
 from prebench.errors import EvaluationError, ModelError
 from prebench.evaluation.request import EvaluationRequest, RunRequest, find_task, plan
-from prebench.evaluation.runner import run_in_subprocess
+from prebench.evaluation.runner import run_in_subprocesses
 from prebench.records import SampleRecord, TaskRecord
 from prebench.runtime import data_dir
 from prebench.schema import ProbeConfig, TaskConfig
@@ -52,7 +52,7 @@ def _request(export: Path, folder: Path, **changes) -> EvaluationRequest:
 @pytest.fixture(scope="module")
 def evaluated(tiny_export: Path, mirror: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    run_in_subprocess(_request(tiny_export, folder), mirror, folder / "cache")
+    run_in_subprocesses(_request(tiny_export, folder), mirror, folder / "cache")
     return folder
 
 
@@ -115,7 +115,7 @@ def test_the_probe_writes_one_row_per_value(evaluated: Path) -> None:
 def test_a_second_call_computes_nothing(evaluated: Path, tiny_export: Path, mirror: Path, monkeypatch) -> None:
     files = {path: path.stat().st_mtime_ns for path in (evaluated / "pre-s0").rglob("*") if path.is_file()}
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a subprocess was started"))
-    run_in_subprocess(_request(tiny_export, evaluated), mirror, evaluated / "cache")
+    run_in_subprocesses(_request(tiny_export, evaluated), mirror, evaluated / "cache")
     assert files == {path: path.stat().st_mtime_ns for path in (evaluated / "pre-s0").rglob("*") if path.is_file()}
 
 
@@ -154,7 +154,7 @@ def _broken_mirror(mirror: Path, folder: Path) -> Path:
 def test_broken_documents_are_recorded_as_errors(tiny_export, mirror, tmp_path) -> None:
     request = _request(tiny_export, tmp_path, probe=None, max_error_share=0.1, tasks=TASKS[1:])
     request = request.model_copy(update={"runs": request.runs[:1]})
-    run_in_subprocess(request, _broken_mirror(mirror, tmp_path), tmp_path / "cache")
+    run_in_subprocesses(request, _broken_mirror(mirror, tmp_path), tmp_path / "cache")
     evaluation = tmp_path / "pre-s0" / "eval"
     record = read_record(evaluation / "prebench_easy_vqa.json", TaskRecord)
     samples = [SampleRecord(**s) for s in read_jsonl(evaluation / "prebench_easy_vqa.samples.jsonl")]
@@ -170,7 +170,7 @@ def test_too_many_failures_fail_the_task_alone(evaluated, tiny_export, mirror, t
     request = _request(tiny_export, tmp_path, probe=None, tasks=TASKS[::-1])
     request = request.model_copy(update={"runs": request.runs[:1]})
     with pytest.raises(EvaluationError, match=r"2 of 24 documents failed, more than 1.0% \(document 5: "):
-        run_in_subprocess(request, _broken_mirror(mirror, tmp_path), evaluated / "cache")
+        run_in_subprocesses(request, _broken_mirror(mirror, tmp_path), evaluated / "cache")
     assert sorted(p.name for p in (tmp_path / "pre-s0" / "eval").iterdir()) == ["gqa.json", "gqa.samples.jsonl"]
 
 
@@ -178,7 +178,7 @@ def test_too_many_failures_fail_the_task_alone(evaluated, tiny_export, mirror, t
 def test_a_dead_subprocess_is_one_clear_line(tiny_export, mirror, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONHOME", str(tmp_path / "nowhere"))
     with pytest.raises(EvaluationError, match=r"the evaluation process ended with code 1: .*log: "):
-        run_in_subprocess(_request(tiny_export, tmp_path), mirror, tmp_path / "cache")
+        run_in_subprocesses(_request(tiny_export, tmp_path), mirror, tmp_path / "cache")
 
 
 @pytest.mark.slow

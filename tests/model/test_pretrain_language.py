@@ -50,7 +50,7 @@ def test_a_phrase_starts_as_the_sum_of_its_words():
 
 def test_it_learns_and_writes_a_plain_folder(tmp_path):
     processor = build_processor(VisionTowerConfig(pretrained=None), build_tokenizer())
-    recipe = dataclasses.replace(LanguageRecipe(), steps=12, batch_size=8)
+    recipe = dataclasses.replace(LanguageRecipe(), steps=12, batch_size=8, warmup_steps=2)
     losses = []
     seed_everything(0)
     found = pretrain_language(tmp_path, processor, recipe, 0, lambda _done, loss: losses.append(loss))
