@@ -37,7 +37,7 @@ def test_a_study_twice_gives_equal_bytes(study: Path, tmp_path: Path) -> None:
 def run_and_kill(folder: Path, when: Callable[[], bool]) -> None:
     """Start the study and kill its process and the processes that it started, without notice, as soon as `when`."""
     process = subprocess.Popen(
-        run_command(folder),
+        run_command(folder, "--jobs", "1"),  # run after run, so that something is finished at every moment to kill
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
