@@ -115,10 +115,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 class _MicroBatches(Dataset[Batch]):
     """The micro-batches of one process, in order: item k is accumulation part k % A of optimiser step k // A.
 
-    The examples of a step are sorted by length before they are shared out, so that little is padded.
+    The examples of a step are sorted by length before they are shared out, so that little is padded; `by_length` false
+    leaves them as they were drawn. Over a whole step both are the same examples.
     """
 
-    def __init__(self, order: ExampleOrder, inputs: TrainingInputs, accelerator: Accelerator) -> None:
+    def __init__(
+        self, order: ExampleOrder, inputs: TrainingInputs, accelerator: Accelerator, by_length: bool = True
+    ) -> None:
         self.order = order
         self.inputs = inputs
         stage = order.stage
@@ -132,6 +135,7 @@ class _MicroBatches(Dataset[Batch]):
         self._processes = accelerator.num_processes
         size = inputs.processor.image_processor.size["height"] // inputs.processor.patch_size
         self._num_image_tokens = size * size
+        self._by_length = by_length
         self._step = -1
         self._encoded: list[tuple[str, tuple[list[int], list[int]]]] = []
 
@@ -146,11 +150,11 @@ class _MicroBatches(Dataset[Batch]):
         return self._collate(self._encoded[first : first + self._size])
 
     def _encode(self, step: int) -> list[tuple[str, tuple[list[int], list[int]]]]:
-        """Return (image_id, (input_ids, labels)) of a step's examples, short ones first."""
+        """Return (image_id, (input_ids, labels)) of a step's examples, in the order in which they are shared out."""
         processor = self.inputs.processor
         examples = self.order.batch(step)
         encoded = [(e.image_id, encode_example(processor, e.messages, self._num_image_tokens)) for e in examples]
-        return sorted(encoded, key=lambda item: len(item[1][0]))
+        return sorted(encoded, key=lambda item: len(item[1][0])) if self._by_length else encoded
 
     def _collate(self, encoded: list[tuple[str, tuple[list[int], list[int]]]]) -> Batch:
         processor = self.inputs.processor
@@ -178,7 +182,8 @@ def _train_stage(
     model, regularizer = objective.model, objective.regularizer
     trainable = freeze_for_stage(model, stage.trainable)
     logger.debug("stage %s trains %s", name, trainable)
-    micro_batches = _MicroBatches(ExampleOrder(inputs.data, stage, name, seed), inputs, accelerator)
+    by_length = regularizer is None or not regularizer.random_neighbours
+    micro_batches = _MicroBatches(ExampleOrder(inputs.data, stage, name, seed), inputs, accelerator, by_length)
     model_parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(model_parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps)

@@ -14,14 +14,15 @@ from torch import nn
 
 from prebench.analysis.join import Study
 from prebench.config import dump_yaml, load_preset, load_suite, load_variant, read_yaml, validate
+from prebench.data.collator import ExampleOrder
 from prebench.errors import ConfigError, TrainingError
 from prebench.export import export, read_manifest
 from prebench.model.builder import build_model
 from prebench.model.visual_states import VisualStates
 from prebench.pipeline import is_trained, train_all
-from prebench.schema import NormPenaltyConfig, PredictiveConfig, StudyConfig, TrainConfig
+from prebench.schema import NormPenaltyConfig, PredictiveConfig, StageConfig, StudyConfig, TrainConfig
 from prebench.study import open_study, runs
-from prebench.train.loop import build_regularizer, train
+from prebench.train.loop import _MicroBatches, build_accelerator, build_regularizer, train
 from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer
 from tests.conftest import TINY
@@ -247,3 +248,19 @@ def test_impossible_variants_are_refused_in_one_line(tmp_path: Path, text, messa
     with pytest.raises(ConfigError) as caught:
         load_variant(str(path))
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+
+
+def test_a_shuffled_anchor_comes_from_an_image_drawn_at_random(inputs):
+    """Sorted by length, neighbours would share their number of objects: the anchor would know the image after all."""
+    stage = StageConfig(steps=3, batch_size=8, learning_rate=1e-3, caption_share=1.0)
+    order = ExampleOrder(inputs.data, stage, "instruct", 0)
+    for anchor, drawn in (("shuffled", True), ("pre_llm", False)):
+        config = PredictiveConfig(weight=0.5, anchor=anchor)
+        accelerator = build_accelerator(TrainConfig.model_validate(RECIPE))
+        model = build_model(TINY, inputs.processor.tokenizer, 0)
+        regularizer = build_regularizer(config, model, 0)
+        assert regularizer is not None and regularizer.random_neighbours == drawn
+        batches = _MicroBatches(order, inputs, accelerator, by_length=not regularizer.random_neighbours)
+        for step in range(3):
+            assert (list(batches[step].image_ids) == [e.image_id for e in order.batch(step)]) == drawn
+            assert sorted(batches[step].image_ids) == sorted(e.image_id for e in order.batch(step))

@@ -30,6 +30,11 @@ class Regularizer(nn.Module):
         """Return the decoder layers whose visual tokens are read: 0 (the anchor) and l."""
         return (0, self.layer)
 
+    @property
+    def random_neighbours(self) -> bool:
+        """Tell whether the images of a micro-batch must stand side by side at random, not by length."""
+        return False
+
     def begin_stage(self, model: LlavaForConditionalGeneration) -> None:
         """Be told that a training stage starts with this model, already on its device; most types need nothing."""
 
