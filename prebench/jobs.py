@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import queue
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
@@ -72,36 +74,46 @@ def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_process
         TrainingError: a process died.
     """
     context = multiprocessing.get_context("spawn")
-    messages = context.SimpleQueue()
-    follower = threading.Thread(target=_follow, args=(messages, jobs), daemon=True)
+    # A queue with a thread behind it: a worker that is killed while it reports must not stop the others.
+    messages = context.Queue()
+    stop = threading.Event()
+    follower = threading.Thread(target=_follow, args=(messages, jobs, stop), daemon=True)
     follower.start()
     try:
         with ProcessPoolExecutor(num_processes, context, _start, (messages,)) as pool:
-            futures = [pool.submit(_run, function, name, job.arguments) for name, job in jobs.items()]
-            _collect(pool, futures)
+            _run_all(pool, function, jobs, num_processes)
     finally:
-        messages.put(None)
+        stop.set()
         follower.join()
+        messages.cancel_join_thread()
 
 
-def _collect(pool: ProcessPoolExecutor, futures: list[Future[None]]) -> None:
+def _run_all(
+    pool: ProcessPoolExecutor, function: Callable[..., None], jobs: Mapping[str, Job], num_processes: int
+) -> None:
+    """Hand out one job per free process, so that after a failure none waits inside the pool."""
+    waiting = list(jobs.items())
+    running: set[Future[None]] = set()
+    error: BaseException | None = None
     try:
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        if any(future.exception() for future in done):
-            pool.shutdown(wait=True, cancel_futures=True)
-        for future in futures:
-            if not future.cancelled():
-                future.result()
-    except BrokenProcessPool as error:
+        while running or (waiting and error is None):
+            while waiting and error is None and len(running) < num_processes:
+                name, job = waiting.pop(0)
+                running.add(pool.submit(_run, function, name, job.arguments))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                error = error or future.exception()
+    except KeyboardInterrupt:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    if isinstance(error, BrokenProcessPool):
         raise TrainingError(
             "a training process died (killed, or out of memory?); the runs finished so far are kept, `--jobs 1` needs "
             "the least memory"
         ) from error
-    except KeyboardInterrupt:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+    if error is not None:
+        raise error
 
 
 _messages: Any = None
@@ -111,6 +123,7 @@ def _start(messages: Any) -> None:
     """Set a worker up: keep the way back, and end with the process that started it, however that ends."""
     global _messages
     _messages = messages
+    messages.cancel_join_thread()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -126,15 +139,27 @@ def _run(function: Callable[..., None], name: str, arguments: tuple[Any, ...]) -
     _messages.put((name, None, ""))
 
 
-def _follow(messages: Any, jobs: Mapping[str, Job]) -> None:
+def _follow(messages: Any, jobs: Mapping[str, Job], stop: threading.Event) -> None:
+    """Show messages until told to stop and none is left; a terminal that went away stops the showing alone."""
     lines: dict[str, ProgressLine] = {}
-    while (message := messages.get()) is not None:
-        name, done, note = message
-        if name not in lines and done is not None:
-            lines[name] = ProgressLine(jobs[name].title, jobs[name].total).__enter__()
-        if done is not None:
-            lines[name].update(done, note)
-        elif name in lines:
-            lines.pop(name).__exit__(None, None, None)
+    while True:
+        try:
+            name, done, note = messages.get(timeout=0.2)
+        except queue.Empty:
+            if stop.is_set():
+                break
+            continue
+        with contextlib.suppress(OSError, SystemExit):
+            _show(lines, jobs[name], name, done, note)
     for line in lines.values():
         line.__exit__(TrainingError, None, None)
+
+
+def _show(lines: dict[str, ProgressLine], job: Job, name: str, done: int | None, note: str) -> None:
+    if done is None:
+        if name in lines:
+            lines.pop(name).__exit__(None, None, None)
+        return
+    if name not in lines:
+        lines[name] = ProgressLine(job.title, job.total).__enter__()
+    lines[name].update(done, note)

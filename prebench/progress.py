@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -67,30 +68,36 @@ class _Bars:
 
     _progress: Progress | None = None
     _users = 0
+    _lock = threading.Lock()
 
     @classmethod
     def open(cls) -> Progress:
-        if cls._progress is None:
-            cls._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=_CONSOLE,
-                transient=True,
-            )
-            cls._progress.start()
-        cls._users += 1
-        return cls._progress
+        with cls._lock:
+            cls._users += 1
+            return cls._progress or cls._start()
 
     @classmethod
     def close(cls) -> None:
-        cls._users -= 1
-        if cls._users == 0 and cls._progress is not None:
-            cls._progress.stop()
-            cls._progress = None
+        with cls._lock:
+            cls._users -= 1
+            if cls._users == 0 and cls._progress is not None:
+                cls._progress.stop()
+                cls._progress = None
+
+    @classmethod
+    def _start(cls) -> Progress:
+        cls._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=_CONSOLE,
+            transient=True,
+        )
+        cls._progress.start()
+        return cls._progress
 
 
 def _duration(seconds: float) -> str:

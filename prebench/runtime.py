@@ -138,6 +138,5 @@ def hardware() -> dict[str, str]:
     return {
         "machine": platform.machine(),
         "cpus": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
     }

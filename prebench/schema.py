@@ -356,11 +356,13 @@ class StudyConfig(StrictModel):
     preset: PresetConfig
     suite: SuiteConfig
     variants: tuple[VariantConfig, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[Annotated[int, Field(ge=0)], ...]
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
         _require_distinct("variant", [v.name for v in self.variants])
+        _require_distinct("seed", [str(seed) for seed in self.seeds])
+        self._require_independent()
         depth = self.preset.model.language_model.num_hidden_layers
         for variant in self.variants:
             layer = variant.regularizer.layer if variant.regularizer else 1
@@ -375,6 +377,19 @@ class StudyConfig(StrictModel):
     def training_seed(self, variant: str, seed: int) -> int:
         """Return the seed that decides initialisation and data order of a run: seed plus the variant's offset."""
         return seed + next(v.seed_offset for v in self.variants if v.name == variant)
+
+    def _require_independent(self) -> None:
+        """Refuse two runs that would be one and the same model: an A/A comparison of a model with itself."""
+        seen: dict[tuple[Any, int], VariantConfig] = {}
+        for variant in self.variants:
+            for seed in self.seeds:
+                number = seed + variant.seed_offset
+                other = seen.setdefault((variant.regularizer, number), variant)
+                if other.name != variant.name and other.seed_offset != variant.seed_offset:
+                    raise ValueError(
+                        f"seeds: with seed_offset, variants {other.name} and {variant.name} would both train the same "
+                        f"model with seed {number}; choose seeds that lie apart"
+                    )
 
     def run_config(self, variant: str, seed: int) -> dict[str, Any]:
         """Return the resolved configuration of one run: everything that decides its weights."""

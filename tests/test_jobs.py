@@ -53,6 +53,12 @@ def test_a_users_error_comes_back_as_it_is_and_the_others_finish(tmp_path):
     assert (tmp_path / "good").exists()
 
 
+def test_after_a_failure_nothing_more_is_started(tmp_path):
+    with pytest.raises(DataError):
+        run_jobs(fail, jobs(tmp_path, "bad", "second", "third"), 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_process_is_one_clear_error(tmp_path):
     with pytest.raises(TrainingError, match="a training process died"):
         run_jobs(die, jobs(tmp_path, "a"), 1)

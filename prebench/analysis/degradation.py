@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 
 from prebench.analysis import statistics
-from prebench.analysis.join import Run, Study
+from prebench.analysis.join import Run, Study, same_origin
 from prebench.analysis.statistics import Interval
 from prebench.errors import StoreError
 
@@ -158,6 +158,8 @@ def reductions(study: Study, baseline: str, variant: str, attribute: str | None 
     for seed in study.common_seeds(baseline, variant):
         if (baseline, seed) not in known or (variant, seed) not in known:
             continue
+        if not same_origin(*(study.runs[name, seed].probe_hashes for name in (baseline, variant))):
+            continue  # probed on other pictures or settings: no difference of the two means anything
         left, right = known[baseline, seed], known[variant, seed]
         middle = middle_layers(right.num_layers)
         regularised = {study.runs[name, seed].regularised_layer for name in (baseline, variant)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Run:
     """The layer whose states the regularizer changed; None without one, or with weight 0, which only logs."""
     lm_loss: float | None = None
     """Training loss of the text at the last logged step, in nats per token; None where the export does not say."""
+    probe_hashes: Mapping[str, str] | None = None
+    """What made probe.parquet; None where it was not probed, or does not say."""
     _cache: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def samples(self, task: str) -> pd.DataFrame:
@@ -191,7 +194,8 @@ def _load_run(folder: Path, config: StudyConfig, variant: VariantConfig, seed: i
     _check_weights(run.name, hashes if found is None else hashes | {PROBE_FILE: found})
     manifest = run / "model" / "prebench.json"
     layer = _regularised_layer(manifest, variant)
-    return Run(variant.name, seed, run, {record.task: record for record in records}, layer, _lm_loss(manifest))
+    tasks = {record.task: record for record in records}
+    return Run(variant.name, seed, run, tasks, layer, _lm_loss(manifest), found)
 
 
 def _check_weights(run: str, hashes: dict[str, dict[str, str]]) -> None:
@@ -342,6 +346,23 @@ def paired_samples(study: Study, task: str, baseline: str, variant: str) -> Pair
         for seed in seeds
     ]
     return PairedSamples(pd.concat(parts, ignore_index=True), tuple(seeds), int((~answered).sum()))
+
+
+def gain(base: Run, run: Run, task: str) -> float | None:
+    """Return run's score minus base's; None unless both were scored on equal data, prompts and settings."""
+    pair = [found.tasks.get(task) for found in (base, run)]
+    if any(record is None or record.score is None for record in pair):
+        return None
+    left, right = (record for record in pair if record is not None)
+    if not same_origin(left.hashes, right.hashes):
+        return None
+    return float(right.score or 0.0) - float(left.score or 0.0)
+
+
+def same_origin(left: Mapping[str, str] | None, right: Mapping[str, str] | None) -> bool:
+    """Tell whether two results came from equal data, prompts and settings; their weights may differ."""
+    plain = [{k: v for k, v in (hashes or {}).items() if k != "weights"} for hashes in (left, right)]
+    return plain[0] == plain[1]
 
 
 def _check_hashes(task: str, left: Run, right: Run) -> None:

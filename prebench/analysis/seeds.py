@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from prebench.analysis import degradation
-from prebench.analysis.join import Run, Study
+from prebench.analysis.join import Run, Study, gain, same_origin
 from prebench.analysis.render import NOT_DEFINED, marked, percent
 
 
@@ -46,13 +46,14 @@ def _cells(
         row["degradation"] = found.over_middle()
         excluded = _regularised(study)
         row["degradation_excluded"] = found.over_middle(excluded) if excluded else None
-        theirs = known.get((base.variant, base.seed)) if base else None
+        equal = base is not None and same_origin(base.probe_hashes, run.probe_hashes)
+        theirs = known.get((base.variant, base.seed)) if base is not None and equal else None
         if theirs is not None:
             row["reduction"] = _difference(theirs.over_middle(), found.over_middle())
     for task, title in titles.items():
         row[title] = _score(run, task)
         if base is not None:
-            row[f"{title} gain"] = _difference(_score(run, task), _score(base, task))
+            row[f"{title} gain"] = gain(base, run, task)
     return row
 
 

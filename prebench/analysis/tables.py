@@ -18,7 +18,7 @@ import pandas as pd
 
 from prebench.analysis import degradation, learning_curves, question_types, seeds, statistics, verdict
 from prebench.analysis.compare import references
-from prebench.analysis.join import Run, Study, scores_frame
+from prebench.analysis.join import Run, Study, gain, scores_frame
 from prebench.analysis.render import NOT_DEFINED, interval, latex_table, marked, p_value, percent, to_csv
 from prebench.runtime import derive_seed
 from prebench.store import write_text
@@ -302,10 +302,9 @@ def trained_models(study: Study, task: str) -> pd.DataFrame:
         for variant in (name for name in study.variants if name != base):
             frame = degradation.reductions(study, base, variant)
             for seed, value in zip(frame["seed"], frame["reduction"], strict=True):
-                pair = [study.runs[name, int(seed)].tasks.get(task) for name in (base, variant)]
-                scores = [record.score for record in pair if record is not None and record.score is not None]
-                if len(scores) == 2 and not np.isnan(value):
-                    rows.append((variant, int(seed), float(value), scores[1] - scores[0]))
+                found = gain(study.runs[base, int(seed)], study.runs[variant, int(seed)], task)
+                if found is not None and not np.isnan(value):
+                    rows.append((variant, int(seed), float(value), found))
     return pd.DataFrame(rows, columns=["variant", "seed", "reduction", "gain"])
 
 

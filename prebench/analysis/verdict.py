@@ -39,7 +39,7 @@ def sentences(study: Study, curves: pd.DataFrame | None = None) -> list[str]:
     controls = [name for name in others if is_control(study, name)]
     treated = [name for name in others if name not in controls] or others
     frame = learning_curves.curves(study) if curves is None else curves
-    found = [*_few_seeds(study, base, others), *_degradation(study, base, treated)]
+    found = [*_few_seeds(study, base, treated), *_degradation(study, base, treated)]
     for variant in treated:
         found += _benchmarks(study, base, variant)
         found += _against_controls(study, variant, [name for name in controls if name != variant])
@@ -74,8 +74,8 @@ def _seeds(number: int) -> str:
     return "1 seed" if number == 1 else f"{number} seeds"
 
 
-def _few_seeds(study: Study, base: str, others: list[str]) -> list[str]:
-    number = max(len(study.common_seeds(base, variant)) for variant in others)
+def _few_seeds(study: Study, base: str, treated: list[str]) -> list[str]:
+    number = min(len(study.common_seeds(base, variant)) for variant in treated)
     if number >= MIN_SEEDS:
         return []
     seeds = "one seed" if number == 1 else f"{number} seeds"

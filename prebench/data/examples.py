@@ -70,7 +70,7 @@ class TrainingData:
             self.image_ids += [f"{EASY_VQA_PREFIX}{number}" for number in numbers]
 
     def image(self, image_id: str) -> Image.Image:
-        """Draw or read a picture (RGB, 64 x 64).
+        """Draw or read a picture (RGB; scenes 96 x 96, easy-VQA 64 x 64).
 
         Raises:
             DataError: an easy-VQA picture can't be read.

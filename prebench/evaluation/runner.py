@@ -131,6 +131,7 @@ class _Child:
                 [sys.executable, "-P", "-m", "prebench.evaluation.runner", str(path)],
                 cwd=mirror,
                 env=environment,
+                stdin=subprocess.PIPE,  # never written to: its end tells the child that this process is gone
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 text=True,
@@ -140,7 +141,10 @@ class _Child:
 
     def _watch(self) -> None:
         assert self.process.stdout is not None
-        self._error = _follow(self.process.stdout)
+        try:
+            self._error = _follow(self.process.stdout)
+        except (OSError, SystemExit):  # the terminal went away; the child must not block on a full pipe
+            self._error = next((m["error"] for m in _messages(self.process.stdout) if "error" in m), None)
 
     def join(self) -> None:
         self._thread.join()
@@ -178,7 +182,11 @@ def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
     load = cache(_load)  # each task once for all runs
     problems: dict[str, None] = {}
     for run in dict.fromkeys(item.run for item in work.items):
-        engine = Engine(run.model_dir, request.device, request.dtype, request.token_budget or DEFAULT_TOKEN_BUDGET)
+        try:
+            engine = Engine(run.model_dir, request.device, request.dtype, request.token_budget or DEFAULT_TOKEN_BUDGET)
+        except PrebenchError as error:
+            problems[str(error)] = None
+            continue
         for item in work.items:
             if item.run != run:
                 continue
@@ -262,12 +270,21 @@ def _messages(stream: IO[str]) -> Iterator[dict[str, Any]]:
             yield message
 
 
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, which the parent holds open, and stop at once."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run `python -m prebench.evaluation.runner REQUEST.json` in the mirror; return the exit code."""
     path = Path(arguments[0])
     # Upstream code prints to standard output; only our messages may reach the parent.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def send(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")

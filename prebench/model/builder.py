@@ -34,6 +34,7 @@ from prebench.store import read_json
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 MANIFEST = "manifest.json"
+PRETRAIN_COMMAND = "prebench pretrain"
 NUM_START_IMAGES = 128
 WHITENING_FLOOR = 0.05
 """Added to the eigenvalues, in units of their mean, so that noise is not blown up."""
@@ -80,6 +81,8 @@ def check_part(folder: Path) -> None:
     remedy = "install prebench again, or make the parts again with `prebench pretrain`"
     try:
         manifest = read_json(path)
+        if isinstance(manifest, dict) and manifest.get("command") != PRETRAIN_COMMAND:
+            return  # a file of the same name that is not ours
         files = manifest["files"]
         expected = {name: files[name] for name in files if name.startswith(f"{folder.name}/")}
     except (StoreError, KeyError, TypeError) as error:

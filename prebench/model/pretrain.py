@@ -14,7 +14,7 @@ from typing import Any
 from prebench.data.examples import corpus
 from prebench.data.questions import LETTER_SUFFIX, SHORT_SUFFIX
 from prebench.data.text_scenes import PHRASES
-from prebench.model.builder import MANIFEST, PRETRAINED, build_processor
+from prebench.model.builder import MANIFEST, PRETRAIN_COMMAND, PRETRAINED, build_processor
 from prebench.model.pretrain_language import LanguageRecipe, pretrain_language
 from prebench.model.pretrain_tower import TowerRecipe, pretrain_tower
 from prebench.model.tokenizer import train_tokenizer
@@ -60,9 +60,9 @@ def pretrain(folder: Path, config: PretrainConfig, progress: Progress) -> dict[s
 
         found = make(folder / part, processor, recipe, config.seed, report)
         accuracies[part] = {name: round(value, 4) for name, value in found.items()}
-    files = [folder / "tokenizer" / "tokenizer.json", *sorted(folder.rglob("*.safetensors"))]
+    files = sorted(p for part in ("tokenizer", *makers) for p in (folder / part).iterdir() if p.is_file())
     manifest = {
-        "command": "prebench pretrain",
+        "command": PRETRAIN_COMMAND,
         "config": asdict(config),
         "accuracies": accuracies,
         "files": {path.relative_to(folder).as_posix(): file_hash(path) for path in files},

@@ -23,6 +23,7 @@ from prebench.data.examples import TrainingData
 from prebench.errors import TrainingError
 from prebench.model.freezing import freeze_for_stage
 from prebench.model.visual_states import num_layers
+from prebench.records import content_hash
 from prebench.runtime import choose_device, choose_dtype, derive_seed, logger, seed_everything
 from prebench.schema import NormPenaltyConfig, RegularizerConfig, StageConfig, TrainConfig
 from prebench.train.features import FeatureCache
@@ -222,11 +223,16 @@ def _train_stage(
         if step % config.log_every == 0 or step == stage.steps - 1:
             line |= {"stage": name, "step": step, "steps": stage.steps, "learning_rate": learning_rate}
             line |= anchor_statistics(terms[-1].anchor) | {"anchor_drift": drift()}
-            line |= {"batch_hash": batches[-1].hash, "seconds": time.perf_counter() - started}
+            line |= {
+                "batch_hash": content_hash([batch.hash for batch in batches]),
+                "seconds": time.perf_counter() - started,
+            }
             if accelerator.is_main_process:
                 log(line)
         if validation is not None and ((step + 1) % config.validate_every == 0 or step == stage.steps - 1):
-            log({"kind": "validation", "stage": name, "step": step, "steps": stage.steps, **validation(model)})
+            with accelerator.autocast():
+                found = validation(model)
+            log({"kind": "validation", "stage": name, "step": step, "steps": stage.steps, **found})
 
 
 def _optimiser_steps(micro_batches: _MicroBatches, accumulation: int) -> Iterator[list[Batch]]:

@@ -15,8 +15,8 @@ from prebench.store import read_json
 
 def test_files_match_the_manifest():
     manifest = read_json(PRETRAINED / "manifest.json")
-    weights = {f"{part}/model.safetensors" for part in ("vision_tower", "language_model")}
-    assert set(manifest["files"]) == {*weights, "tokenizer/tokenizer.json"}
+    parts = [path for part in ("tokenizer", "vision_tower", "language_model") for path in (PRETRAINED / part).iterdir()]
+    assert set(manifest["files"]) == {path.relative_to(PRETRAINED).as_posix() for path in parts}
     for name, expected in manifest["files"].items():
         assert file_hash(PRETRAINED / name) == expected, name
     assert min(manifest["accuracies"]["vision_tower"].values()) > 0.98

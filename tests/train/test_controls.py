@@ -264,3 +264,14 @@ def test_a_shuffled_anchor_comes_from_an_image_drawn_at_random(inputs):
         for step in range(3):
             assert (list(batches[step].image_ids) == [e.image_id for e in order.batch(step)]) == drawn
             assert sorted(batches[step].image_ids) == sorted(e.image_id for e in order.batch(step))
+
+
+def test_an_a_a_comparison_of_a_model_with_itself_is_refused():
+    changes = {"name": "s", "preset": load_preset("smoke"), "suite": load_suite("smoke")}
+    variants = (load_variant("baseline"), load_variant("baseline-again"))
+    StudyConfig(**changes, variants=variants, seeds=(0, 1, 999))
+    for order in (variants, variants[::-1]):
+        with pytest.raises(ValueError, match="would both train the same model with seed 1000"):
+            StudyConfig(**changes, variants=order, seeds=(0, 1000))
+    with pytest.raises(ValueError, match="seed '0' is named twice"):
+        StudyConfig(**changes, variants=variants, seeds=(0, 0))
