@@ -170,10 +170,7 @@ class VisionTowerConfig(StrictModel):
 
 
 class LanguageModelConfig(StrictModel):
-    """A small Llama: shipped with the package, a local folder, or from scratch.
-
-    From scratch its initial scale decides whether it learns (docs/experiments.md).
-    """
+    """A small Llama; from scratch its initial scale decides whether it learns (docs/experiments.md)."""
 
     pretrained: str | None = None
     """`embedded` (ships with prebench), a local Hugging Face folder, or null for random weights."""
@@ -386,10 +383,10 @@ class StudyConfig(StrictModel):
                 number = seed + variant.seed_offset
                 other = seen.setdefault((variant.regularizer, number), variant)
                 if other.name != variant.name and other.seed_offset != variant.seed_offset:
-                    raise ValueError(
-                        f"seeds: with seed_offset, variants {other.name} and {variant.name} would both train the same "
-                        f"model with seed {number}; choose seeds that lie apart"
+                    both = (
+                        f"variants {other.name} and {variant.name} would both train the same model with seed {number}"
                     )
+                    raise ValueError(f"seeds: {both} (seed_offset); choose seeds that lie apart")
 
     def run_config(self, variant: str, seed: int) -> dict[str, Any]:
         """Return the resolved configuration of one run: everything that decides its weights."""
