@@ -38,6 +38,12 @@ def _two_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True)
+def _denormals() -> None:
+    """Undo what training in the same process left behind: hypothesis refuses floats without subnormal numbers."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return train_tokenizer(WORDS * 20, vocab_size=320)

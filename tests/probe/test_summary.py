@@ -67,7 +67,7 @@ def test_accuracies_agree_with_scikit_learn_on_extracted_features(rows, features
             data = [p[subsets == s] for s in SIZES for p in (chosen[:, None], labels[attribute.name])]
             assert value == pytest.approx(reference_accuracy(data, 0), abs=0.0051), (attribute.name, layer)
     background = [r.value for r in rows if r.attribute == "background" and r.metric == "accuracy"]
-    assert min(background) > 0.2  # chance is one in twelve: the agreement has content
+    assert min(background) > 0.15  # chance is one in twelve: the agreement has content
 
 
 def test_global_rows_name_kind_depth_and_test_images(rows):

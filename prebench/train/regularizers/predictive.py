@@ -55,7 +55,7 @@ class PredictiveRegularizer(Regularizer):
     @property
     def random_neighbours(self) -> bool:
         """Tell whether the anchor is another image's: a neighbour of like length would share its number of objects."""
-        return self.config.anchor == "shuffled"
+        return self.config.anchor == "shuffled" and self.config.weight > 0
 
     def begin_stage(self, model: LlavaForConditionalGeneration) -> None:
         """Take the copy of the projector that the anchor "frozen_copy" reads in this stage."""
