@@ -93,10 +93,10 @@ def run_in_subprocesses(
         return
     environment = _environment(cache.resolve() / "datasets" / work.data, cpu_threads)
     say("evaluate: starting lmms-eval")
-    children = [
-        _Child(part, number, mirror, cache.resolve(), environment) for number, part in enumerate(split(work, jobs))
-    ]
+    children: list[_Child] = []
     try:
+        for number, part in enumerate(split(work, jobs)):
+            children.append(_Child(part, number, mirror, cache.resolve(), environment))
         for child in children:
             child.join()
     except BaseException:  # Ctrl-C included: the children must not go on alone
