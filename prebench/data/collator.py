@@ -113,6 +113,24 @@ def pad(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> 
     return input_ids, attention_mask, labels
 
 
+def target_logits(lm_head: Any, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply the LM head where something is to be predicted only; the rest of the logits would be thrown away.
+
+    Returns:
+        logits [n, V], their targets [n], and where they stand, [B, T - 1] bool.
+    """
+    targets = labels_BT[:, 1:]
+    is_target = targets != IGNORE_INDEX
+    return lm_head(hidden_BTD[:, :-1][is_target]), targets[is_target], is_target
+
+
+def answered_right(logits: Tensor, targets: Tensor, is_target: Tensor) -> Tensor:
+    """Return per sequence whether every target token is the most probable one, [B] bool; arguments: `target_logits`."""
+    wrong = torch.zeros(len(is_target), device=logits.device)
+    wrong.index_add_(0, is_target.nonzero()[:, 0], (logits.argmax(-1) != targets).float())
+    return wrong == 0
+
+
 class ExampleOrder:
     """The examples of one stage of one run, by position."""
 

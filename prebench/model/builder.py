@@ -140,6 +140,10 @@ def vision_config(config: VisionTowerConfig) -> SiglipVisionConfig:
     )
 
 
+def _special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+
+
 def text_config(config: LanguageModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """Return the language model's configuration (a Llama with embeddings and LM head apart)."""
     return LlamaConfig(
@@ -152,9 +156,7 @@ def text_config(config: LanguageModelConfig, tokenizer: PreTrainedTokenizerFast)
         max_position_embeddings=config.max_position_embeddings,
         initializer_range=config.initializer_range,
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **_special_token_ids(tokenizer),
     )
 
 
@@ -176,9 +178,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **_special_token_ids(tokenizer),
     )
     generator = torch.Generator().manual_seed(derive_seed("model", seed))
     with torch.random.fork_rng(devices=[]):
@@ -191,9 +191,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
         if pretrained is not None:
             _load_part(model, part, pretrained)
     _start_projector(model, config, generator)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.update(**_special_token_ids(tokenizer))
     return model.float()
 
 

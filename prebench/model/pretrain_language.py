@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
-from prebench.data.collator import IGNORE_INDEX, encode_example, pad
+from prebench.data.collator import answered_right, encode_example, pad, target_logits
 from prebench.data.questions import ask
 from prebench.data.scenes import generate_scene
 from prebench.data.text_scenes import PHRASES, TEXT_TYPES, TextData, content_words, scene_text, text_conversation
@@ -153,23 +153,23 @@ def _encode(processor: Any, examples: list[list[dict[str, Any]]]) -> tuple[Tenso
 
 
 def _targets(
-    model: LlamaForCausalLM, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    model: LlamaForCausalLM, processor: Any, examples: list[list[dict[str, Any]]]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `target_logits` of the examples."""
+    input_ids, attention_mask, labels = _encode(processor, examples)
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    targets = labels[:, 1:]
-    is_target = targets != IGNORE_INDEX
-    return model.lm_head(hidden[:, :-1][is_target]), targets[is_target], is_target.nonzero()[:, 0]
+    return target_logits(model.lm_head, hidden, labels)
 
 
 def _loss(model: LlamaForCausalLM, processor: Any, examples: list[list[dict[str, Any]]]) -> Tensor:
-    logits, targets, _ = _targets(model, *_encode(processor, examples))
+    logits, targets, _ = _targets(model, processor, examples)
     return F.cross_entropy(logits, targets)
 
 
 @torch.no_grad()
 def accuracies(model: LlamaForCausalLM, processor: Any, seed: int) -> dict[str, float]:
     """Return the share of held-out questions answered right, token by token with suffix, per question type."""
-    found: defaultdict[str, list[Tensor]] = defaultdict(list)
+    found = {}
     for name in TEXT_TYPES:
         examples = []
         for index in range(10_000_000, 10_000_000 + HELD_OUT_SCENES):
@@ -177,7 +177,5 @@ def accuracies(model: LlamaForCausalLM, processor: Any, seed: int) -> dict[str, 
             for question in ask(scene, np.random.default_rng([seed, index]), 1, (name,)):
                 turn = (question.text + question.suffix, question.answer)
                 examples.append(text_conversation(scene_text(scene), [turn]))
-        logits, targets, rows = _targets(model, *_encode(processor, examples))
-        wrong = torch.zeros(len(examples)).index_add(0, rows, (logits.argmax(-1) != targets).float())
-        found[name].append(wrong == 0)
-    return {name: torch.cat(values).float().mean().item() for name, values in found.items()}
+        found[name] = answered_right(*_targets(model, processor, examples)).float().mean().item()
+    return found

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from prebench.data.collator import IGNORE_INDEX, Batch
+from prebench.data.collator import Batch, target_logits
 from prebench.model.builder import encode_images, encoded_images, vision_features
 from prebench.model.visual_states import VisualStates, capture
 from prebench.train.regularizers.base import Regularizer
@@ -74,10 +74,8 @@ class Objective(nn.Module):
         return encode(self.model, pixel_values)
 
     def _lm_sum(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        targets = labels_BT[:, 1:]
-        is_target = targets != IGNORE_INDEX
-        logits = self.model.lm_head(hidden_BTD[:, :-1][is_target])
-        return F.cross_entropy(logits.float(), targets[is_target], reduction="sum")
+        logits, targets, _ = target_logits(self.model.lm_head, hidden_BTD, labels_BT)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _pre_sum(self, states: VisualStates, features: Tensor) -> Tensor | None:
         if self.regularizer is None:

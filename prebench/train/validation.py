@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from prebench.data.collator import IGNORE_INDEX, encode_example, pad
+from prebench.data.collator import answered_right, encode_example, pad, target_logits
 from prebench.data.examples import ValidationQuestion, conversation
 from prebench.model.builder import encoded_images, vision_features
 
@@ -83,10 +83,6 @@ class Validation:
             mm_encoder_outputs=encoded_images(projected),
             use_cache=False,
         ).last_hidden_state
-        targets = labels[:, 1:]
-        is_target = targets != IGNORE_INDEX
-        logits = model.lm_head(hidden[:, :-1][is_target]).float()
-        wrong = torch.zeros(len(labels), device=device)
-        wrong.index_add_(0, is_target.nonzero()[:, 0], (logits.argmax(-1) != targets[is_target]).float())
-        loss = F.cross_entropy(logits, targets[is_target], reduction="sum").double().cpu()
-        return loss, (wrong == 0).tolist(), int(is_target.sum())
+        logits, targets, is_target = target_logits(model.lm_head, hidden, labels)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum").double().cpu()
+        return loss, answered_right(logits, targets, is_target).tolist(), len(targets)
