@@ -1,0 +1,48 @@
+"""The configuration's shape: presets, suites, variants and studies as frozen, strict models.
+
+A preset is model + data + recipe; a variant is one regularizer block; a suite is what is measured. The resolved
+configuration of a run is preset + regularizer + seed, so two variants differ in the regularizer block alone.
+"""
+
+from __future__ import annotations
+
+from prebench.schema.base import Name, StrictModel
+from prebench.schema.preset import (
+    DataConfig,
+    EasyVqaConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    PresetConfig,
+    ScenesConfig,
+    StageConfig,
+    TrainConfig,
+    VisionTowerConfig,
+)
+from prebench.schema.study import StudyConfig
+from prebench.schema.suite import AttributeConfig, ProbeConfig, SuiteConfig, SuiteDefaults, TaskConfig
+from prebench.schema.variant import Layer, NormPenaltyConfig, PredictiveConfig, RegularizerConfig, VariantConfig
+
+__all__ = [
+    "AttributeConfig",
+    "DataConfig",
+    "EasyVqaConfig",
+    "LanguageModelConfig",
+    "Layer",
+    "ModelConfig",
+    "Name",
+    "NormPenaltyConfig",
+    "PredictiveConfig",
+    "PresetConfig",
+    "ProbeConfig",
+    "RegularizerConfig",
+    "ScenesConfig",
+    "StageConfig",
+    "StrictModel",
+    "StudyConfig",
+    "SuiteConfig",
+    "SuiteDefaults",
+    "TaskConfig",
+    "TrainConfig",
+    "VariantConfig",
+    "VisionTowerConfig",
+]

@@ -1,0 +1,156 @@
+"""A preset: model, data and recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prebench.schema.base import Name, StrictModel
+
+
+class ScenesConfig(StrictModel):
+    """Generated scenes for training (prebench.data.scenes)."""
+
+    num_images: int = Field(gt=0)
+    questions_per_image: int = Field(gt=0)
+    """Turns in one conversation."""
+    min_objects: int = Field(2, ge=1)
+    max_objects: int = Field(5, ge=1, le=9)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScenesConfig:
+        if self.min_objects > self.max_objects:
+            raise ValueError(f"min_objects {self.min_objects} is larger than max_objects {self.max_objects}")
+        return self
+
+
+class EasyVqaConfig(StrictModel):
+    """The training split of easy-VQA (real, from its PyPI package)."""
+
+    num_images: int = Field(3600, gt=0, le=3600)
+    """The split's last 400 pictures are held out as validation."""
+    questions_per_image: int = Field(6, gt=0)
+
+
+class DataConfig(StrictModel):
+    """What a model is trained on."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of the generated training data: the same for all runs of a study."""
+    scenes: ScenesConfig | None = None
+    easy_vqa: EasyVqaConfig | None = None
+    suffix_share: float = Field(0.5, ge=0, le=1)
+    """Share of the questions that carry the benchmarks' answer-format suffix."""
+
+    @model_validator(mode="after")
+    def _some_source(self) -> DataConfig:
+        if self.scenes is None and self.easy_vqa is None:
+            raise ValueError("name at least one source: scenes or easy_vqa")
+        return self
+
+
+def _require_multiple(name: str, value: int, of: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{name} {value} is no multiple of {of} ({divisor})")
+
+
+class VisionTowerConfig(StrictModel):
+    """The vision tower: shipped with the package, a local folder, or built from scratch for tests."""
+
+    pretrained: str | None = "embedded"
+    """`embedded` (ships with prebench), a local Hugging Face folder, or null for random weights."""
+    hidden_size: int = Field(128, gt=0)
+    num_hidden_layers: int = Field(3, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    intermediate_size: int = Field(512, gt=0)
+    image_size: int = Field(96, gt=0)
+    patch_size: int = Field(16, gt=0)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> VisionTowerConfig:
+        _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _require_multiple("image_size", self.image_size, "patch_size", self.patch_size)
+        return self
+
+
+class LanguageModelConfig(StrictModel):
+    """A small Llama; from scratch its initial scale decides whether it learns (docs/experiments.md)."""
+
+    pretrained: str | None = None
+    """`embedded` (ships with prebench), a local Hugging Face folder, or null for random weights."""
+    hidden_size: int = Field(64, gt=0)
+    num_hidden_layers: int = Field(6, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    intermediate_size: int = Field(192, gt=0)
+    max_position_embeddings: int = Field(1024, gt=0)
+    initializer_range: float = Field(0.1, gt=0)
+    embedding_std: float = Field(0.3, gt=0)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> LanguageModelConfig:
+        # Rotary embeddings turn pairs of dimensions, so a head's width is even.
+        _require_multiple("hidden_size", self.hidden_size, "2 * num_attention_heads", 2 * self.num_attention_heads)
+        return self
+
+
+class ModelConfig(StrictModel):
+    """A LlavaForConditionalGeneration of a vision tower, a two-layer projector and a causal LM."""
+
+    vision_tower: VisionTowerConfig = VisionTowerConfig()
+    language_model: LanguageModelConfig = LanguageModelConfig()
+    projector_std: float = Field(1.0, gt=0)
+    """Standard deviation of the projector's output at the start."""
+
+
+class StageConfig(StrictModel):
+    """One training stage."""
+
+    steps: int = Field(ge=0)
+    batch_size: int = Field(gt=0)
+    """Examples per optimiser step, over all processes and accumulation steps."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    trainable: tuple[Literal["vision_tower", "multi_modal_projector", "language_model"], ...] = Field(
+        ("multi_modal_projector", "language_model"), min_length=1
+    )
+    """Parts whose weights move; LLaVA's align stage trains the projector alone, on a pretrained LM."""
+    caption_share: float = Field(0.0, ge=0, le=1)
+    """Share of the examples that are captions instead of questions."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> StageConfig:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError("batch_size must be a multiple of gradient_accumulation_steps")
+        return self
+
+
+class TrainConfig(StrictModel):
+    """The recipe: LLaVA's two stages."""
+
+    align: StageConfig
+    instruct: StageConfig
+    log_every: int = Field(10, gt=0)
+    validate_every: int = Field(0, ge=0)
+    """Optimiser steps between two points of the learning curves (held-out loss and accuracy); 0: none."""
+    validation_images: int = Field(60, gt=0)
+    """Pictures of each source that the learning curves ask about."""
+    cache_vision_features: bool = True
+    """Compute the frozen tower's output once per study, in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    cpu_threads: int | None = Field(None, gt=0)
+    """Threads of one run on a CPU; null: all cores. Small models gain more from several runs side by side."""
+
+
+class PresetConfig(StrictModel):
+    """Model + data + recipe."""
+
+    name: Name
+    description: str = ""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    train: TrainConfig

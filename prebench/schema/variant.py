@@ -1,0 +1,85 @@
+"""A variant: one regularizer block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from prebench.schema.base import Name, StrictModel
+
+Layer = Literal["quarter", "half", "three_quarters", "last"] | int
+"""Decoder layer l: a fraction of the depth, or 1..L."""
+
+
+class PredictiveConfig(StrictModel):
+    """Predictive Regularization (arXiv 2603.20808), its ablations and two of its controls."""
+
+    type: Literal["predictive"] = "predictive"
+    weight: float = Field(0.0, ge=0)
+    """lambda in L_LM + lambda * L_PRe; 0 is the baseline, which only logs the loss of a detached predictor."""
+    layer: Layer = "half"
+    """Decoder layer l whose input is predicted from."""
+    anchor: Literal["pre_llm", "pre_projector", "shuffled", "frozen_copy"] = "pre_llm"
+    """What is predicted, never with gradient: h_v^0 (the projector's output), the vision tower's output, h_v^0 of
+    another image of the micro-batch, or h_v^0 as the projector of the stage's start makes it."""
+    level: Literal["patch", "global"] = "patch"
+    """Cosine per visual token, or of their mean."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Width of the predictor's hidden layer; the LM's width where null."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of the predictor's own optimiser (constant)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Clipping of the predictor's gradients, apart from the model's."""
+
+
+class NormPenaltyConfig(StrictModel):
+    """A penalty on the same states that knows nothing of the image: control of PRe. It has no predictor."""
+
+    type: Literal["norm_penalty"] = "norm_penalty"
+    weight: float = Field(0.0, ge=0)
+    """lambda in L_LM + lambda * L_norm; 0 only logs the loss."""
+    layer: Layer = "half"
+    """Decoder layer l whose input's length is held."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_option_of_the_predictor(cls, values: Any) -> Any:
+        given = set(values) if isinstance(values, Mapping) else set()
+        meaningless = [name for name in PredictiveConfig.model_fields if name in given - set(cls.model_fields)]
+        if meaningless:
+            raise ValueError(
+                f"{', '.join(meaningless)}: no meaning for type norm_penalty; leave them out, and don't extend a "
+                "variant of another type"
+            )
+        return values
+
+
+_REGULARIZERS: dict[str, type[StrictModel]] = {"predictive": PredictiveConfig, "norm_penalty": NormPenaltyConfig}
+
+
+def _of_its_type(values: Any) -> Any:
+    """Build the block's own class; pydantic's tagged unions would put the tag into the path of every error."""
+    if isinstance(values, StrictModel):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError("a mapping with type, weight and layer is expected")
+    kind = values.get("type", "predictive")
+    if not isinstance(kind, str) or kind not in _REGULARIZERS:
+        raise ValueError(f"unknown type {kind!r}; known: {', '.join(_REGULARIZERS)}")
+    return _REGULARIZERS[kind].model_validate(values)
+
+
+RegularizerConfig = Annotated[NormPenaltyConfig | PredictiveConfig, BeforeValidator(_of_its_type)]
+"""The one block in which variants differ; `type` decides which of the two it is."""
+
+
+class VariantConfig(StrictModel):
+    """A training objective: a name and its regularizer (null: none at all, not even logged)."""
+
+    name: Name
+    description: str = ""
+    regularizer: RegularizerConfig | None
+    seed_offset: int = Field(0, ge=0)
+    """The same objective with other randomness: seed s trains with s + offset in initialisation and data order."""
