@@ -62,6 +62,10 @@ class Answer:
     image_hash: str
 
 
+Known = Callable[[GenerationRequest, Prompt], str | None]
+"""Returns an answer that was computed before, or None."""
+
+
 @dataclass(frozen=True)
 class _Job:
     request: GenerationRequest
@@ -97,13 +101,18 @@ class Engine:
         self._eos_ids = _eos_ids(self.model, model_dir)
         self._prompts = PromptBuilder(self.processor, self.model.config.image_token_id)
 
-    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Answer]:
-        """Answer requests greedily; yields one answer per request, grouped by prefix, not in the order of the input."""
+    def generate(self, requests: Iterable[GenerationRequest], known: Known | None = None) -> Iterator[Answer]:
+        """Answer requests greedily; yields one answer per request, grouped by prefix, not in the order of the input.
+
+        Args:
+            requests: an iterator is enough; it is read in windows.
+            known: asked for each built prompt before it is planned; its text is the answer, and nothing is computed.
+        """
         iterator = iter(requests)
         while window := list(islice(iterator, WINDOW)):
             jobs = []
             for request in window:
-                built = self._build(request)
+                built = self._build(request, known)
                 if isinstance(built, Answer):
                     yield built
                 else:
@@ -121,12 +130,16 @@ class Engine:
 
         return extract_features(self.model, self.processor, images, masks, batch_size=batch_size)
 
-    def _build(self, request: GenerationRequest) -> _Job | Answer:
+    def _build(self, request: GenerationRequest, known: Known | None) -> _Job | Answer:
         try:
             messages = request.messages() if callable(request.messages) else request.messages
-            return _Job(request, self._prompts.build(messages))
+            prompt = self._prompts.build(messages)
         except DOCUMENT_ERRORS as error:
             return Answer(request.key, None, one_line(error), "", "")
+        text = None if known is None else known(request, prompt)
+        if text is None:
+            return _Job(request, prompt)
+        return Answer(request.key, text, None, prompt.prompt_hash, prompt.image_hash)
 
     def _plan(self, jobs: list[_Job]) -> Iterator[list[list[_Job]]]:
         """Yield lists of groups: jobs of one group share their prefix; groups of one list have equal shapes."""
