@@ -128,6 +128,8 @@ def check_suite(suite: SuiteConfig) -> None:
         source = "real" if task.task == "prebench_easy_vqa" else "generated"
         if task.data_source != source:
             raise ConfigError(f"{where}: the embedded mirror's data are {source}; set data_source: {source}")
+        if task.num_images is None:
+            raise ConfigError(f"{where}: the embedded mirror holds no whole benchmark; set num_images")
         available = len(easy_vqa.load("test").image_paths) if source == "real" else upstream.SCENES_PER_TASK
         if task.num_images > available:
             raise ConfigError(f"{where}: num_images is {task.num_images}, but there are {available} pictures")

@@ -329,6 +329,7 @@ def visual_probe(probe: ProbeConfig, seed: int) -> Benchmark:
 
 
 def _test_scenes(name: str, task: TaskConfig, seed: int) -> Iterator[tuple[Scene, np.random.Generator]]:
+    assert task.num_images is not None, "a suite without a number of pictures has been refused"
     for index in range(FIRST_SCENE[name], FIRST_SCENE[name] + task.num_images):
         yield benchmark_scene(seed, "test", index), scene_rng(seed, "test", index, stream=2)
 

@@ -19,9 +19,16 @@ class TaskConfig(StrictModel):
     data_source: Literal["generated", "real"]
     primary_metric: str
     """The metric of the task's own aggregation that the tables show."""
-    num_images: int = Field(gt=0)
-    """Images in the embedded mirror (easy-VQA: of the real test split, at most 1000)."""
+    num_images: int | None = Field(None, gt=0)
+    """Images in the embedded mirror (easy-VQA: of the real test split, at most 1000); null: the whole benchmark, which
+    a mirror folder of the user's holds."""
     questions_per_image: int = Field(8, gt=0)
+
+    @model_validator(mode="after")
+    def _generated_data_has_a_size(self) -> TaskConfig:
+        if self.num_images is None and self.data_source == "generated":
+            raise ValueError(f"task {self.task!r}: num_images is missing; only real data may leave it out")
+        return self
 
 
 class AttributeConfig(StrictModel):
