@@ -10,10 +10,11 @@ import pytest
 import prebench
 
 ROOT = Path(prebench.__file__).parent
-BASE = {"errors", "records", "schema", "config", "runtime", "store", "progress", "study", "__init__"}
+BASE = {"errors", "records", "schema", "config", "runtime", "store", "progress", "study", "images", "__init__"}
 ALLOWED = {
     "errors": set(),
     "records": set(),
+    "images": set(),
     "runtime": {"errors", "__init__"},
     "schema": set(),
     "config": {"errors", "runtime", "schema"},

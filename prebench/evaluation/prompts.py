@@ -14,12 +14,10 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from prebench.images import marked_reason, require_size
 from prebench.records import content_hash
 
 Messages = Sequence[Mapping[str, Any]]
-
-MAX_PIXELS = 64_000_000
-"""Larger images are recorded as errors (a 50,000 x 50,000 PNG is a few kilobytes on disk and 7 GB in memory)."""
 
 DOCUMENT_ERRORS = (
     OSError,
@@ -112,11 +110,11 @@ class ImageStore:
 def _rgb_and_hash(image: Image.Image) -> tuple[str, Image.Image]:
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image was expected, not {type(image).__name__}")
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"image of {width} x {height} pixels exceeds the limit of {MAX_PIXELS:,} pixels")
+    require_size(image)
     rgb = image.convert("RGB")
-    digest = hashlib.sha256(f"{width}x{height}:".encode())
+    if reason := marked_reason(rgb):
+        raise ValueError(f"unreadable when the mirror was made: {reason}")
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
     digest.update(rgb.tobytes())
     return digest.hexdigest()[:16], rgb
 

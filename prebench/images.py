@@ -1,0 +1,58 @@
+"""What a readable picture is, and the marker that takes the place of one that is not.
+
+A mirror finds unreadable pictures when it is made, and puts a marker in their place: a small picture whose pixels spell
+out the reason. It survives what upstream's task code does while it loads a task (converting to RGB, storing as PNG), no
+document moves, and the engine turns it into an error instead of asking about it.
+"""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+MAX_PIXELS = 64_000_000
+"""Larger images are errors (a 50,000 x 50,000 PNG is a few kilobytes on disk and 7 GB in memory)."""
+MAGIC = b"\x89prebench-unreadable\x1a"
+MARKER_WIDTH = 16
+MAX_REASON = 300
+"""Bytes of a reason that a marker keeps."""
+
+
+def require_size(image: Image.Image) -> None:
+    """Refuse an image that is too large to be decoded; reads its header alone.
+
+    Raises:
+        ValueError: it has more than MAX_PIXELS pixels.
+    """
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"image of {width} x {height} pixels exceeds the limit of {MAX_PIXELS:,} pixels")
+
+
+def marker(reason: str) -> bytes:
+    """Return a PNG that stands for an unreadable image; equal reasons give equal pixels."""
+    text = reason.encode()[:MAX_REASON]
+    payload = MAGIC + len(text).to_bytes(2, "big") + text
+    row = 3 * MARKER_WIDTH
+    height = -(-len(payload) // row)
+    image = Image.frombytes("RGB", (MARKER_WIDTH, height), payload.ljust(row * height, b"\0"))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def marked_reason(image: Image.Image) -> str | None:
+    """Return the reason that a marker carries; None for every other image.
+
+    Args:
+        image: in RGB.
+    """
+    if image.width != MARKER_WIDTH:
+        return None
+    pixels = image.tobytes()
+    if not pixels.startswith(MAGIC):
+        return None
+    start = len(MAGIC) + 2
+    length = int.from_bytes(pixels[len(MAGIC) : start], "big")
+    return pixels[start : start + length].decode(errors="ignore")
