@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from prebench.errors import EvaluationError, ModelError
 from prebench.evaluation.decoding import greedy, run_prefixes, select_rows
-from prebench.evaluation.prompts import DOCUMENT_ERRORS, Messages, Prompt, PromptBuilder
+from prebench.evaluation.prompts import DOCUMENT_ERRORS, Messages, Prompt, PromptBuilder, context_length
 from prebench.runtime import choose_device, choose_dtype, prepare_cpu
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Answer:
     error: str | None
     prompt_hash: str
     image_hash: str
+    truncated: bool = False
+    """The model's context ended before the answer did; the text is what fitted."""
 
 
 Known = Callable[[GenerationRequest, Prompt], str | None]
@@ -99,7 +101,9 @@ class Engine:
         self.model, self.processor = load_model(model_dir, self.device, choose_dtype(dtype, self.device))
         self._tokenizer = self.processor.tokenizer
         self._eos_ids = _eos_ids(self.model, model_dir)
-        self._prompts = PromptBuilder(self.processor, self.model.config.image_token_id)
+        self._prompts = PromptBuilder(
+            self.processor, self.model.config.image_token_id, context_length(self.model.config)
+        )
 
     def generate(self, requests: Iterable[GenerationRequest], known: Known | None = None) -> Iterator[Answer]:
         """Answer requests greedily; yields one answer per request, grouped by prefix, not in the order of the input.
@@ -200,8 +204,11 @@ class Engine:
             yield from self._decode(cache, rows[half:])
             return
         for job, ids in zip(jobs, tokens, strict=True):
-            text = truncate(self._text(ids), job.request.until)
-            yield Answer(job.request.key, text, None, job.prompt.prompt_hash, job.prompt.image_hash)
+            whole = self._text(ids)
+            text = truncate(whole, job.request.until)
+            at_end = len(ids) == job.prompt.room < job.request.max_new_tokens and ids[-1] not in self._eos_ids
+            cut = at_end and text == whole
+            yield Answer(job.request.key, text, None, job.prompt.prompt_hash, job.prompt.image_hash, cut)
 
     def _greedy(self, cache: DynamicCache | None, rows: list[tuple[int, _Job]]) -> list[list[int]]:
         jobs = [job for _, job in rows]
@@ -216,7 +223,7 @@ class Engine:
             start,
             jobs[0].prompt.prefix_length,
             [job.prompt.suffix for job in jobs],
-            [job.request.max_new_tokens for job in jobs],
+            [min(job.request.max_new_tokens, job.prompt.room) for job in jobs],
             self._eos_ids,
             stopped if any(job.request.until for job in jobs) else None,
         )

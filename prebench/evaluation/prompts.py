@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import sys
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
@@ -48,6 +50,8 @@ class Prompt:
     """Keys into the ImageStore, in the order of the prompt."""
     prompt_hash: str
     image_hash: str
+    room: int
+    """New tokens that the model's context leaves after the prompt (at least one)."""
 
     @property
     def prefix_key(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -111,7 +115,7 @@ def _rgb_and_hash(image: Image.Image) -> tuple[str, Image.Image]:
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image was expected, not {type(image).__name__}")
     require_size(image)
-    rgb = image.convert("RGB")
+    rgb = to_rgb(image)
     if reason := marked_reason(rgb):
         raise ValueError(f"unreadable when the mirror was made: {reason}")
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
@@ -119,12 +123,31 @@ def _rgb_and_hash(image: Image.Image) -> tuple[str, Image.Image]:
     return digest.hexdigest()[:16], rgb
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, as processors convert it: the first frame, transparency and orientation tags ignored.
+
+    16-bit grey is scaled to 8 bits; PIL alone would clip it, which leaves a white picture.
+
+    Raises:
+        ValueError: the pixels have no defined range (modes I and F), or the mode can't be converted.
+        OSError, ...: the file is broken.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"image of mode {image.mode}: the range of its 32-bit values is not defined; store 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
 class PromptBuilder:
     """Renders messages with the model's chat template and expands image tokens as its processor does."""
 
-    def __init__(self, processor: Any, image_token_id: int) -> None:
+    def __init__(self, processor: Any, image_token_id: int, context_length: int = sys.maxsize) -> None:
         self._processor = processor
         self._image_token_id = image_token_id
+        self._context_length = context_length
         self.images = ImageStore(processor, image_token_id)
 
     def build(self, messages: Messages) -> Prompt:
@@ -134,7 +157,8 @@ class PromptBuilder:
             messages: Hugging Face chat schema with PIL images inside: `{"type": "image", "image": image}`.
 
         Raises:
-            ValueError and other DOCUMENT_ERRORS: an image is broken, or placeholders and images do not match.
+            ValueError and other DOCUMENT_ERRORS: an image is broken, placeholders and images do not match, or the
+                model's context leaves no room for an answer.
         """
         keys = [self.images.add(part["image"]) for part in _image_parts(messages)]
         text = self._processor.apply_chat_template(
@@ -149,9 +173,19 @@ class PromptBuilder:
         ids = tuple(self._processor.tokenizer(expanded)["input_ids"])
         prefix_length = max((i + 1 for i, token in enumerate(ids) if token == self._image_token_id), default=0)
         if prefix_length == len(ids):
-            raise ValueError("the prompt ends with an image; a question must follow it")
+            raise ValueError(
+                "the prompt ends with an image; a question must follow it" if ids else "the prompt is empty"
+            )
+        room = self._context_length - len(ids)
+        if room < 1:
+            raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in the context of {self._context_length}")
         image_hash = keys[0] if len(keys) == 1 else content_hash(keys) if keys else ""
-        return Prompt(ids, prefix_length, tuple(keys), content_hash(text), image_hash)
+        return Prompt(ids, prefix_length, tuple(keys), content_hash(text), image_hash, room)
+
+
+def context_length(config: Any) -> int:
+    """Return how many tokens a model was made for, prompt and answer together; no limit where it names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _image_parts(messages: Messages) -> list[Mapping[str, Any]]:

@@ -166,10 +166,7 @@ def test_odd_images_are_answered(engine) -> None:
         Image.new("L", (1, 1)),
     ]
     requests = [GenerationRequest(i, _messages("yes", image), 3) for i, image in enumerate(images)]
-    requests += [
-        GenerationRequest("blank", _messages(" ", _image(0)), 3),
-        GenerationRequest("long", _messages("a " * 5000), 3),
-    ]
+    requests.append(GenerationRequest("blank", _messages(" ", _image(0)), 3))
     assert len(_answers(engine, requests)) == len(requests)
 
 
