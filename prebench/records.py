@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 PROBE_FILE = "probe.parquet"
 """A run's probe values, `ProbeRow` by row."""
@@ -85,6 +85,10 @@ class SampleRecord:
     """What the generator of the questions calls it (`DocumentRecord`); "" where the mirror does not say."""
     blind_score: float | None = None
     """What guessing from the question's text scores on this document; None where the mirror does not say."""
+    counts: bool = True
+    """False: the score is that of a question that an earlier document stands for, in every mean (MMBench, MMVP)."""
+    unparsed: bool = False
+    """No answer could be read from the response, which is scored as wrong; only some tasks tell."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class TaskRecord:
     score: float | None
     """The primary metric's value over the scored documents; None where none was scored."""
     metrics: dict[str, float]
-    """Every metric that the task's own aggregation returned (fractions or the task's unit)."""
+    """Every metric that the task's own aggregation returned (fractions or the task's unit); `unparsed` is ours: the
+    share of answers that could not be read."""
     n: int
     n_errors: int
     data_source: str

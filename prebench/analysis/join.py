@@ -46,7 +46,7 @@ class Run:
     _cache: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def samples(self, task: str) -> pd.DataFrame:
-        """Return the documents of a task.
+        """Return the documents of a task that count: of those that count only together, the first.
 
         Returns:
             Index doc_id; columns image_id, prompt_hash, image_hash, score (NaN: failed), question_type ("": not
@@ -243,7 +243,7 @@ def _lm_loss(manifest: Path) -> float | None:
 
 def _read_samples(path: Path) -> pd.DataFrame:
     try:
-        records = [from_dict(SampleRecord, values) for values in read_jsonl(path)]
+        records = [record for values in read_jsonl(path) if (record := from_dict(SampleRecord, values)).counts]
     except KeyError as error:
         raise StoreError(f"{path}: {error.args[0]}") from error
     frame = pd.DataFrame(

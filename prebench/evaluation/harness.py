@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from prebench.evaluation.adapter import late_messages, probe_answers
 from prebench.evaluation.engine import Answer, Engine, GenerationRequest, greedy_settings, one_line
 from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
 from prebench.evaluation.prompts import DOCUMENT_ERRORS
+from prebench.evaluation.protocols import protocol_of
 from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource
 from prebench.records import (
     PROBE_FILE,
@@ -69,7 +71,10 @@ class LoadedTask:
             raise EvaluationError(f"task {self.name!r}: output type {self.task.OUTPUT_TYPE!r} is not supported")
         self.documents = self.task.eval_docs
         self.bare = self.task.eval_docs_no_media
+        self.protocol = protocol_of(self.name)
         self.image_ids = scores.image_ids(self.name, self.documents)
+        self.question_ids = scores.question_ids(self.name, self.documents)
+        self.counted = scores.counted(self.question_ids)
         self.known = _known(Path(source.dataset_path) / documents_file(self.name), len(self.documents))
 
     def instances(self) -> dict[int, Instance]:
@@ -89,6 +94,8 @@ class LoadedTask:
         for instance in answered:
             instance.resps = [texts[instance.doc_id]]
         self.task._instances = answered
+        # A filter walks through `task_docs` beside the answers: the answered ones, and no picture decoded once more.
+        self.task.task_docs = self.bare.select([instance.doc_id for instance in answered])
         if answered:
             self.task.apply_filters()
         return {instance.doc_id: self._score(instance) for instance in answered}
@@ -97,13 +104,27 @@ class LoadedTask:
         filtered = next(iter(instance.filtered_resps.values()))
         # Without upstream's decorator, which tries a failing document five times, two seconds apart.
         process = type(self.task).process_results.__wrapped__
+        document = self.bare[instance.doc_id]
+        state = random.getstate()
         try:
-            return process(self.task, self.bare[instance.doc_id], [filtered])
+            if self.protocol.prepare is not None:
+                self.protocol.prepare(document)
+            with self.protocol.scoring():
+                result = process(self.task, document, [filtered])
         except DOCUMENT_ERRORS as error:
             return f"scoring failed: {one_line(error)}"
+        if random.getstate() != state:
+            random.setstate(state)
+            return "scoring failed: the task draws the answer at random where it can't read one"
+        return result
+
+    def is_unparsed(self, result: Mapping[str, Any] | str) -> bool:
+        """Tell whether upstream could read no answer; False where it does not show that."""
+        metric, unparsed = self.protocol.metric, self.protocol.unparsed
+        return unparsed is not None and isinstance(result, Mapping) and metric in result and unparsed(result[metric])
 
     def aggregate(self, results: list[dict[str, Any]], output: Path) -> dict[str, float]:
-        """Return the task's own aggregates that are numbers.
+        """Return the task's own aggregates that are numbers, and the share of `unparsed` answers where it is known.
 
         Args:
             results: per document, in document order.
@@ -114,10 +135,14 @@ class LoadedTask:
             items = [result[name] for result in results if name in result]
             if not items:
                 continue
+            if self.protocol.before_aggregate is not None:
+                self.protocol.before_aggregate(function)
             with_args = "args" in inspect.signature(function).parameters
             value = function(items, args=SimpleNamespace(output_path=str(output))) if with_args else function(items)
             if hasattr(value, "__float__"):
                 metrics[name] = float(value)
+        if self.protocol.unparsed is not None and results:
+            metrics["unparsed"] = sum(map(self.is_unparsed, results)) / len(results)
         return metrics
 
 
@@ -141,15 +166,15 @@ def evaluate_task(
     texts = {doc_id: answer.text for doc_id, answer in answers.items() if answer.text is not None}
     results = loaded.results(instances, texts)
     outcomes = {doc_id: results.get(doc_id, str(answers[doc_id].error)) for doc_id in sorted(instances)}
-    scored = scores.document_scores(loaded.name, config.primary_metric, loaded.image_ids, outcomes)
-    samples = [_sample(loaded, instances[doc_id], answers[doc_id], scored[doc_id]) for doc_id in sorted(instances)]
+    scored = scores.document_scores(loaded.name, config.primary_metric, loaded.question_ids, outcomes)
+    samples = [_sample(loaded, instances[d], answers[d], scored[d], outcomes[d]) for d in sorted(instances)]
     failed = [sample for sample in samples if sample.error is not None]
     if len(failed) > request.max_error_share * len(samples):
         raise EvaluationError(
             f"{run.name} {loaded.name}: {len(failed)} of {len(samples)} documents failed, more than "
             f"{request.max_error_share:.1%} (document {failed[0].doc_id}: {failed[0].error})"
         )
-    values = [sample.score for sample in samples if sample.score is not None]
+    values = [sample.score for sample in samples if sample.score is not None and sample.counts]
     with tempfile.TemporaryDirectory(prefix="prebench-") as output:
         # What has no score enters no aggregate: upstream would judge a question by the rotations that are left.
         kept = [result for d, result in outcomes.items() if isinstance(result, dict) and not isinstance(scored[d], str)]
@@ -207,7 +232,7 @@ def _answers(
     engine: Engine, loaded: LoadedTask, instances: Mapping[int, Instance], title: str, progress: Progress
 ) -> dict[int, Answer]:
     def requests() -> Any:
-        for doc_id in scores.by_image(loaded.name, loaded.documents):
+        for doc_id in scores.side_by_side(loaded.image_ids):
             _, doc_to_messages, settings, *_ = instances[doc_id].args
             max_new_tokens, until = greedy_settings(settings, loaded.name)
             messages = late_messages(doc_to_messages, loaded.documents, doc_id)
@@ -237,7 +262,9 @@ def _known(path: Path, num_documents: int) -> dict[int, DocumentRecord]:
     return {record.doc_id: record for record in found}
 
 
-def _sample(loaded: LoadedTask, instance: Instance, answer: Answer, score: float | str) -> SampleRecord:
+def _sample(
+    loaded: LoadedTask, instance: Instance, answer: Answer, score: float | str, result: Mapping[str, Any] | str
+) -> SampleRecord:
     document = loaded.bare[instance.doc_id]
     known = loaded.known.get(instance.doc_id)
     return SampleRecord(
@@ -253,6 +280,8 @@ def _sample(loaded: LoadedTask, instance: Instance, answer: Answer, score: float
         category=scores.category(loaded.name, document),
         question_type=known.question_type if known else "",
         blind_score=known.blind_score if known else None,
+        counts=instance.doc_id in loaded.counted,
+        unparsed=loaded.is_unparsed(result),
     )
 
 

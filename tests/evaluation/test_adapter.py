@@ -116,7 +116,7 @@ def test_documents_of_one_image_come_together() -> None:
     assert scores.by_image("gqa", documents) == [0, 2, 1, 4, 3]
     assert scores.image_ids("unknown", documents) == ["0", "1", "2", "3", "4"]
     mmbench = _Columns({"index": [7, 1_000_007, 8]})
-    assert scores.image_ids("mmbench_en_dev_static", mmbench) == ["7", "7", "8"]
+    assert scores.question_ids("mmbench_en_dev_static", mmbench) == ["7", "7", "8"]
 
 
 class _Columns(dict):

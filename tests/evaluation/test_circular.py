@@ -46,7 +46,7 @@ class Replies:
     def __init__(self, documents, reply: Reply) -> None:
         self.documents, self.reply = documents, reply
 
-    def generate(self, requests) -> Iterator[Answer]:
+    def generate(self, requests, known=None) -> Iterator[Answer]:
         for request in requests:
             assert isinstance(request, GenerationRequest) and isinstance(request.key, int)
             text = self.reply(request.key, self.documents[request.key])
@@ -102,7 +102,9 @@ def test_a_question_counts_only_with_all_rotations_right(load, tmp_path) -> None
 
     record, samples = evaluate(load(MMBENCH), tmp_path, reply)
     by_question = {str(q): 1.0 if q >= OPTIONS else 0.0 for q in range(QUESTIONS)}
-    assert [sample.score for sample in samples] == [by_question[sample.image_id] for sample in samples]
+    assert [sample.score for sample in samples] == [by_question[question] for question in load(MMBENCH).question_ids]
+    assert [sample.counts for sample in samples] == ([True] + [False] * (OPTIONS - 1)) * QUESTIONS
+    assert len({sample.image_id for sample in samples}) == QUESTIONS  # the rotations share a picture
     assert (record.n, record.n_errors, len(samples)) == (QUESTIONS * OPTIONS, 0, QUESTIONS * OPTIONS)
     assert record.score == pytest.approx(2 / 6)
     assert 100 * record.score == pytest.approx(record.metrics["gpt_eval_score"])
@@ -126,13 +128,13 @@ def test_a_failed_rotation_fails_its_question(load, tmp_path, shift: int) -> Non
         return row["answer"] if int(row["index"]) % 1_000_000 < 3 else wrong(row["answer"])
 
     record, samples = evaluate(load(MMBENCH), tmp_path, reply)
-    failed = [sample for sample in samples if sample.image_id == "1"]
+    failed = [sample for sample in samples if load(MMBENCH).question_ids[sample.doc_id] == "1"]
     assert len(failed) == record.n_errors == OPTIONS
     assert all(sample.score is None and sample.error for sample in failed)
     errors = [sample.error for sample in failed]
     number = failed[shift].doc_id
     assert errors.pop(shift) == "OSError: cut off"
-    assert set(errors) == {f"a rotation of this question failed (document {number})"}
+    assert set(errors) == {f"another document of this question failed (document {number})"}
     assert [sample.response is None for sample in failed] == [position == shift for position in range(OPTIONS)]
     assert record.score == pytest.approx(2 / 5)
     assert 100 * record.score == pytest.approx(record.metrics["gpt_eval_score"])
