@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from prebench import __version__
+from prebench.cli_analysis import compare, plan
+from prebench.cli_options import chosen_study, jobs_option, results_option, study_option, width
 from prebench.cli_tools import pretrain
 from prebench.errors import ConfigError, user_error
 
 if TYPE_CHECKING:
     from prebench.schema import StudyConfig
 
-DEFAULT_RESULTS = "results"
 CONTROLS = ("pre-shuffled", "pre-frozen-copy", "norm-penalty", "baseline-again")
 
 
@@ -56,30 +56,6 @@ def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r}: write whole numbers separated by commas, such as 0,1,2")
     return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def results_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --results."""
-    return click.option(
-        "--results",
-        type=click.Path(path_type=Path),
-        default=DEFAULT_RESULTS,
-        show_default=True,
-        help="Folder that holds the studies.",
-    )(function)
-
-
-def study_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --study."""
-    return click.option("--study", help="Study name; the only or the latest study in the results folder by default.")(
-        function
-    )
-
-
-def jobs_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --jobs."""
-    help_text = "Processes side by side; by default as many as cores and memory allow. Results do not depend on it."
-    return click.option("--jobs", type=click.IntRange(min=1), help=help_text)(function)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -184,51 +160,10 @@ def _echo_summary(folder: Path, paths: Sequence[Path]) -> None:
     from prebench.analysis.join import load_study
     from prebench.analysis.summary import summary_text
 
-    click.echo(summary_text(load_study(folder), width=_width()))
+    click.echo(summary_text(load_study(folder), width=width()))
     click.echo("written:")
     for path in paths:
         click.echo(f"  {path}")
-
-
-def _width() -> int:
-    return max(80, shutil.get_terminal_size((100, 24)).columns)
-
-
-def _chosen_study(results: Path, study: str | None) -> Path:
-    from prebench.analysis.join import find_study
-
-    return find_study(results, study)
-
-
-@main.command()
-@click.argument("baseline")
-@click.argument("variant")
-@study_option
-@results_option
-@click.option(
-    "--format", "form", type=click.Choice(["text", "csv", "latex", "json"]), default="text", show_default=True
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file.")
-def compare(baseline: str, variant: str, study: str | None, results: Path, form: str, output: Path | None) -> None:
-    """Set two variants side by side: paired differences with 95% intervals.
-
-    \b
-    Examples:
-      prebench compare baseline pre
-      prebench compare baseline pre --format latex -o pre.tex
-    """
-    from prebench.analysis.compare import compare as compare_variants
-    from prebench.analysis.compare import render
-    from prebench.analysis.join import load_study
-    from prebench.store import write_text
-
-    comparison = compare_variants(load_study(_chosen_study(results, study)), baseline, variant)
-    text = render(comparison, form, width=_width())
-    if output is None:
-        click.echo(text)
-    else:
-        write_text(output, text if text.endswith("\n") else text + "\n")
-        click.echo(f"written: {output}", err=True)
 
 
 @main.command()
@@ -240,7 +175,7 @@ def train(study: str | None, results: Path, jobs: int | None) -> None:
     from prebench import pipeline
     from prebench.study import locked, read_study
 
-    folder = _chosen_study(results, study)
+    folder = chosen_study(results, study)
     with locked(folder):
         pipeline.train_all(folder, read_study(folder), jobs)
 
@@ -254,7 +189,7 @@ def evaluate(study: str | None, results: Path, tasks: tuple[str, ...] | None, jo
     """Evaluate the study's trained runs on its benchmark tasks."""
     from prebench.study import read_study
 
-    folder = _chosen_study(results, study)
+    folder = chosen_study(results, study)
     names = [task.task for task in read_study(folder).suite.tasks]
     _evaluate(folder, names, tasks or names, jobs)
 
@@ -267,7 +202,7 @@ def probe(study: str | None, results: Path, jobs: int | None) -> None:
     """Probe the visual tokens of the study's trained runs at every layer."""
     from prebench.study import read_study
 
-    folder = _chosen_study(results, study)
+    folder = chosen_study(results, study)
     config = read_study(folder).suite.probe
     if config is None:
         raise ConfigError(f"{folder}: the suite of this study has no probe")
@@ -293,7 +228,7 @@ def report(study: str | None, results: Path) -> None:
     """Rebuild scores, tables and figures from the records, and print the summary."""
     from prebench import pipeline
 
-    folder = _chosen_study(results, study)
+    folder = chosen_study(results, study)
     _echo_summary(folder, pipeline.write_report(folder))
 
 
@@ -323,7 +258,8 @@ def _listing(section: str, results: Path) -> list[tuple[str, str]]:
     return [(name, load(name).description) for name in list_configs(section)]
 
 
-main.add_command(pretrain)
+for command in (compare, plan, pretrain):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

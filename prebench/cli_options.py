@@ -1,0 +1,48 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEFAULT_RESULTS = "results"
+
+
+def results_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --results."""
+    return click.option(
+        "--results",
+        type=click.Path(path_type=Path),
+        default=DEFAULT_RESULTS,
+        show_default=True,
+        help="Folder that holds the studies.",
+    )(function)
+
+
+def study_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --study."""
+    return click.option("--study", help="Study name; the only or the latest study in the results folder by default.")(
+        function
+    )
+
+
+def jobs_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --jobs."""
+    help_text = "Processes side by side; by default as many as cores and memory allow. Results do not depend on it."
+    return click.option("--jobs", type=click.IntRange(min=1), help=help_text)(function)
+
+
+def chosen_study(results: Path, study: str | None) -> Path:
+    """Return the folder of the named study, or of the only or latest one."""
+    from prebench.analysis.join import find_study
+
+    return find_study(results, study)
+
+
+def width() -> int:
+    """Return the characters per line of what is printed."""
+    return max(80, shutil.get_terminal_size((100, 24)).columns)
