@@ -1,4 +1,4 @@
-"""What a readable picture is, and the marker that takes the place of one that is not.
+"""What a readable picture is, how records name it, and the marker that takes the place of one that is not.
 
 A mirror finds unreadable pictures when it is made, and puts a marker in their place: a small picture whose pixels spell
 out the reason. It survives what upstream's task code does while it loads a task (converting to RGB, storing as PNG), no
@@ -7,8 +7,10 @@ document moves, and the engine turns it into an error instead of asking about it
 
 from __future__ import annotations
 
+import hashlib
 import io
 
+import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 64_000_000
@@ -28,6 +30,35 @@ def require_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"image of {width} x {height} pixels exceeds the limit of {MAX_PIXELS:,} pixels")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, as processors convert it: the first frame, transparency and orientation tags ignored.
+
+    16-bit grey is scaled to 8 bits; PIL alone would clip it, which leaves a white picture.
+
+    Raises:
+        ValueError: the pixels have no defined range (modes I and F), or the mode can't be converted.
+        OSError, ...: the file is broken.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"image of mode {image.mode}: the range of its 32-bit values is not defined; store 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
+def pixel_hash(rgb: Image.Image) -> str:
+    """Return the content hash by which records name a picture: that of its size and pixels.
+
+    Args:
+        rgb: from `to_rgb`.
+    """
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
+    digest.update(rgb.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def marker(reason: str) -> bytes:
