@@ -14,10 +14,10 @@ import yaml
 from click.testing import CliRunner
 
 from prebench.cli import main
+from prebench.data.mirror import file_record
 from prebench.errors import ModelError
 from prebench.model import builder
 from prebench.records import TaskRecord
-from prebench.runtime import file_hash
 from prebench.schema import ModelConfig
 from prebench.store import read_json, read_jsonl, read_record, write_json
 from tests.tiny_study import STUDY, assert_refused, call, command, finished, run_command, tables
@@ -139,7 +139,7 @@ def truncate_images(study: Path, count: int) -> set[int]:
         row["image"]["bytes"] = row["image"]["bytes"][: len(row["image"]["bytes"]) // 2]
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
     manifest = read_json(study / "mirror" / "mirror.json")
-    manifest["tasks"]["prebench_easy_vqa"]["files"][str(path.relative_to(study / "mirror"))] = file_hash(path)
+    manifest["tasks"]["prebench_easy_vqa"]["files"][str(path.relative_to(study / "mirror"))] = file_record(path)
     write_json(study / "mirror" / "mirror.json", manifest)
     return set(range(count))
 

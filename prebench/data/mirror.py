@@ -2,35 +2,42 @@
 
 `datasets.load_dataset("lmms-lab-encoder/GQA")` reads the folder of that name in the working directory, where there is
 one; its configs stand in the README's front matter, as on the Hub. So upstream tasks run unmodified and offline.
+
+A study makes the mirror of its embedded data by itself (`build_mirror`). Real benchmarks are fetched once into a folder
+of the user's (`prebench mirror`, `prebench.data.download`), which any number of studies read (`open_mirror`).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prebench.config import list_configs
 from prebench.data import easy_vqa, upstream
 from prebench.data.questions import Question, ask
 from prebench.data.references import TextPrior
 from prebench.errors import ConfigError, DataError, StoreError, did_you_mean
+from prebench.progress import ProgressLine
 from prebench.records import DocumentRecord, content_hash, documents_file
-from prebench.runtime import file_hash
+from prebench.runtime import file_sha256
 from prebench.schema import SuiteConfig, TaskConfig
 from prebench.store import read_json, write_json, write_jsonl
 
 MANIFEST = "mirror.json"
-FORMAT = 2
+FORMAT = 3
 """Raised with every change of what the same request yields."""
 PRIOR_SCENES = 2000
 """Training scenes whose questions give the scores without a picture."""
 PRIOR_QUESTIONS = 8
 """Questions per training scene for those scores."""
+EASY_VQA = "prebench_easy_vqa"
 
 Builder = Callable[[TaskConfig, int], upstream.Benchmark]
 
@@ -39,12 +46,12 @@ BUILDERS: dict[str, Builder] = {
     "vqav2_val": upstream.vqav2,
     "pope": upstream.pope,
     "mmbench_en_dev_static": upstream.mmbench,
-    "prebench_easy_vqa": upstream.easy_vqa_test,
+    EASY_VQA: upstream.easy_vqa_test,
 }
 
 
 def build_mirror(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
-    """Write the data sets of a suite, or leave a mirror that holds them already.
+    """Write the embedded data sets of a suite, or leave a mirror that holds them already.
 
     Built beside `folder` and then renamed, so that a reader never sees a part. A mirror of another request is replaced.
 
@@ -53,20 +60,21 @@ def build_mirror(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
         suite: its tasks, sizes and seed.
 
     Returns:
-        The content of mirror.json: `tasks` maps each task to `repo`, `files` (hash by relative path), `data_source`,
-        `num_docs` and `references` (fractions `majority` and `blind`; none for the probe). Beside each task's data lies
-        `documents_file(task)`: a `DocumentRecord` per document.
+        The content of mirror.json: `tasks` maps each task to `repo`, `files` (`sha256` and `size` by relative path),
+        `data_source`, `num_docs` and `references` (fractions `majority` and `blind`; none for the probe). Beside each
+        task's data lies `documents_file(task)`: a `DocumentRecord` per document.
 
     Raises:
         ConfigError: a task has no embedded data, asks for more pictures than there are, or claims another source.
         DataError: a file of the mirror is missing or damaged, easy-VQA is, or the folder can't be written.
     """
     check_suite(suite)
-    request = request_hash(suite)
+    requests = {name: part_request(suite, name) for name in suite.task_names}
     if (folder / MANIFEST).exists():
-        manifest = _read_manifest(folder)
-        if manifest["request"] == request:
-            verify(folder, manifest)
+        manifest = read_manifest(folder, f"delete {folder} to build it again")
+        if {name: entry.get("request") for name, entry in manifest["tasks"].items()} == requests:
+            for problem in damage(folder, all_files(manifest)):
+                raise DataError(f"{problem}; delete {folder} to build it again")
             return manifest
     elif folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder}: not empty and without {MANIFEST}; delete it or name another folder")
@@ -74,7 +82,7 @@ def build_mirror(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        manifest = {"format": FORMAT, "request": request, "tasks": _write_tasks(partial, suite)}
+        manifest = {"format": FORMAT, "tasks": {name: write_part(partial, suite, name) for name in requests}}
         write_json(partial / MANIFEST, manifest)
         if folder.exists():
             shutil.rmtree(folder)
@@ -88,75 +96,229 @@ def build_mirror(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path, manifest: dict[str, Any]) -> None:
-    """Check every file of a mirror against its manifest.
+def open_mirror(folder: Path, suite: SuiteConfig, trusted: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the manifest of a user's mirror, after a check that it serves a suite; writes nothing.
+
+    Args:
+        folder: made by `prebench mirror`.
+        suite: what will be evaluated.
+        trusted: files that were hashed before (see `damage`); None looks at names and sizes alone.
 
     Raises:
-        DataError: a file is missing or its content has changed.
+        DataError: there is no mirror, a task is missing, or a file is missing or damaged; the message has the command
+            that mends it.
     """
-    for entry in manifest["tasks"].values():
-        for name, expected in entry["files"].items():
-            path = folder / name
-            try:
-                found = file_hash(path)
-            except OSError as error:
-                raise DataError(f"{path}: {error.strerror}; delete {folder} to build it again") from error
-            if found != expected:
-                raise DataError(
-                    f"{path}: damaged (hash {found}, {MANIFEST} has {expected}); delete {folder} to build it again"
-                )
+    command = mirror_command(suite, folder)
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder}: no mirror here (no {MANIFEST}); `{command}` makes one (needs a network)")
+    manifest = read_manifest(folder, f"`{command}` into another folder makes it again")
+    missing = [name for name in suite.task_names if name not in manifest["tasks"]]
+    if missing:
+        raise DataError(f"{folder}: this mirror has no {', '.join(missing)}; `{command}` fetches what is missing")
+    for name in suite.task_names:
+        check_entry(folder, suite, name, manifest["tasks"][name])
+    needed = {"tasks": {name: manifest["tasks"][name] for name in suite.task_names}}
+    problems = list(damage(folder, all_files(needed), trusted, sizes_only=trusted is None))
+    if problems:
+        more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}; `{command}` fetches it again")
+    return manifest
 
 
-def request_hash(suite: SuiteConfig) -> str:
-    """Return a hash of all that decides a mirror's content."""
-    tasks = [(t.task, t.num_images, t.questions_per_image) for t in suite.tasks]
-    probe = suite.probe and (suite.probe.task, suite.probe.num_train, suite.probe.num_val, suite.probe.num_test)
+def check_entry(folder: Path, suite: SuiteConfig, name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a mirror's task whose data are not those that a suite asks for.
+
+    Raises:
+        DataError: generated instead of real, or of another size or seed.
+    """
+    from_hub = name in {task.task for task in hub_tasks(suite)}
+    if from_hub != ("revision" in entry):
+        held, asked = ("generated", "real") if from_hub else ("real", "generated")
+        raise DataError(
+            f"{folder}: holds {held} data for {name}, but suite {suite.name} asks for {asked} ones; name another folder"
+        )
+    if not from_hub and entry["request"] != part_request(suite, name):
+        raise DataError(
+            f"{folder}: holds {name} of another suite's size or seed than suite {suite.name} asks for; name another "
+            f"folder, such as in `{mirror_command(suite, folder.with_name(folder.name + '-' + suite.name))}`"
+        )
+
+
+def hub_tasks(suite: SuiteConfig) -> list[TaskConfig]:
+    """Return the tasks whose data come from the Hub; the data of all others ship with prebench."""
+    return [task for task in suite.tasks if task.num_images is None and task.task != EASY_VQA]
+
+
+def mirror_command(suite: SuiteConfig, folder: Path | str) -> str:
+    """Return the command line that fetches what a suite needs."""
+    name = suite.name if suite.name in list_configs("suites") else f"{suite.name}.yaml"
+    return shlex.join(["prebench", "mirror", "--suite", name, "--to", str(folder)])
+
+
+def all_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `sha256` and `size` of every file of a mirror by its path."""
+    return {path: record for entry in manifest["tasks"].values() for path, record in entry["files"].items()}
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Return a file's entry in a manifest."""
+    return {"sha256": file_sha256(path), "size": path.stat().st_size}
+
+
+def damage(
+    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    trusted: dict[str, Any] | None = None,
+    sizes_only: bool = False,
+    report: Callable[[int], None] = lambda _: None,
+) -> Iterator[str]:
+    """Yield one line for every file that is missing or not what the manifest says.
+
+    Args:
+        folder: the mirror.
+        files: `sha256` and `size` by path.
+        trusted: size, time of change and hash by path, of files that were read before: they are not read again while
+            size and time stay the same. Completed by those that are read now.
+        sizes_only: read no file.
+        report: called with the bytes that were looked at.
+    """
+    done = 0
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            stat = path.stat()
+            found = expected["sha256"]
+            stamp = [stat.st_size, stat.st_mtime_ns, found]
+            known = trusted is not None and trusted.get(str(path)) == stamp
+            if stat.st_size == expected["size"] and not sizes_only and not known:
+                found = file_sha256(path)
+        except OSError as error:
+            yield f"{path}: missing ({error.strerror})"
+            continue
+        if stat.st_size != expected["size"]:
+            yield f"{path}: damaged ({stat.st_size:,} bytes, {MANIFEST} has {expected['size']:,})"
+        elif found != expected["sha256"]:
+            yield f"{path}: damaged (hash {found[:16]}, {MANIFEST} has {expected['sha256'][:16]})"
+        elif trusted is not None:
+            trusted[str(path)] = stamp
+        done += expected["size"]
+        report(done)
+
+
+def verify_mirror(folder: Path) -> tuple[list[str], list[str]]:
+    """Check every file of a mirror.
+
+    Returns:
+        A line per problem, and the commands that repair them.
+
+    Raises:
+        DataError: there is no mirror.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DataError(
+            f"{folder}: no mirror here (no {MANIFEST}); `prebench mirror --suite NAME --to {folder}` makes one"
+        )
+    manifest = read_manifest(folder, "`prebench mirror` into another folder makes the mirror again")
+    suites = manifest.get("suites", {})
+    problems, broken = [], set()
+    total = sum(record["size"] for record in all_files(manifest).values())
+    with ProgressLine("verify", _megabytes(total), "megabyte") as line:
+        before = 0
+        for name, entry in manifest["tasks"].items():
+
+            def report(size: int, before: int = before) -> None:
+                line.update(_megabytes(before + size))
+
+            found = list(damage(folder, entry["files"], report=report))
+            before += sum(record["size"] for record in entry["files"].values())
+            problems += found
+            broken |= {name} if found else set()
+    for name in dict.fromkeys(name for suite in suites.values() for name in suite["tasks"]):
+        if name not in manifest["tasks"]:
+            problems.append(f"{folder}: {name} is not complete yet")
+            broken.add(name)
+    commands = [suite["command"] for suite in suites.values() if broken & set(suite["tasks"])]
+    return list(dict.fromkeys(problems)), commands
+
+
+def _megabytes(size: int) -> int:
+    return -(-size // 1_000_000)
+
+
+def part_request(suite: SuiteConfig, name: str) -> str:
+    """Return a hash of all that decides an embedded part's content."""
     version = importlib.metadata.version("easy-vqa")
-    return content_hash([FORMAT, suite.mirror_seed, tasks, probe, version])
+    if suite.probe is not None and name == suite.probe.task:
+        probe = suite.probe
+        return content_hash([FORMAT, suite.mirror_seed, name, probe.num_train, probe.num_val, probe.num_test, version])
+    (task,) = [task for task in suite.tasks if task.task == name]
+    return content_hash([FORMAT, suite.mirror_seed, name, task.num_images, task.questions_per_image, version])
 
 
 def check_suite(suite: SuiteConfig) -> None:
     """Refuse a suite that the embedded mirror can't serve, before anything is computed.
 
     Raises:
+        ConfigError: a task needs a user's mirror, has no embedded data, asks for more pictures than there are, or
+            claims another source.
+    """
+    real = hub_tasks(suite)
+    if real:
+        raise ConfigError(
+            f"suite {suite.name}: real data are needed for {', '.join(task.task for task in real)}; fetch them once "
+            f"with `{mirror_command(suite, 'DIR')}` (needs a network), then add --mirror DIR or set PREBENCH_MIRROR=DIR"
+        )
+    check_embedded(suite)
+
+
+def check_embedded(suite: SuiteConfig) -> None:
+    """Refuse embedded tasks of a suite that no builder can serve.
+
+    Raises:
         ConfigError: a task has no embedded data, asks for more pictures than there are, or claims another source.
     """
+    from_hub = hub_tasks(suite)
     for task in suite.tasks:
+        if task in from_hub:
+            continue
         where = f"suite {suite.name}: task {task.task!r}"
         if task.task not in BUILDERS:
             raise ConfigError(f"{where} has no embedded data{did_you_mean(task.task, BUILDERS)}")
-        source = "real" if task.task == "prebench_easy_vqa" else "generated"
+        source = "real" if task.task == EASY_VQA else "generated"
         if task.data_source != source:
             raise ConfigError(f"{where}: the embedded mirror's data are {source}; set data_source: {source}")
-        if task.num_images is None:
-            raise ConfigError(f"{where}: the embedded mirror holds no whole benchmark; set num_images")
         available = len(easy_vqa.load("test").image_paths) if source == "real" else upstream.SCENES_PER_TASK
-        if task.num_images > available:
+        if (task.num_images or 0) > available:
             raise ConfigError(f"{where}: num_images is {task.num_images}, but there are {available} pictures")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, cure: str) -> dict[str, Any]:
+    """Return the content of mirror.json.
+
+    Raises:
+        DataError: it is damaged; `cure` says what to do.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
     except StoreError as error:
-        raise DataError(f"{folder / MANIFEST}: damaged; delete {folder} to build it again") from error
-    if not isinstance(manifest, dict) or not {"request", "tasks"} <= manifest.keys():
-        raise DataError(f"{folder / MANIFEST}: damaged; delete {folder} to build it again")
+        raise DataError(f"{folder / MANIFEST}: damaged; {cure}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tasks"), dict):
+        raise DataError(f"{folder / MANIFEST}: damaged; {cure}")
     return manifest
 
 
-def _write_tasks(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
-    entries = {}
-    for task in suite.tasks:
-        benchmark = BUILDERS[task.task](task, suite.mirror_seed)
-        prior = _easy_vqa_prior() if benchmark.data_source == "real" else _scenes_prior(suite.mirror_seed)
-        references = prior.references(benchmark.documents)
-        known = _known_documents(benchmark, prior)
-        entries[task.task] = {**_write(folder, benchmark, task.task, known), "references": references}
-    if suite.probe is not None:
+def write_part(folder: Path, suite: SuiteConfig, name: str) -> dict[str, Any]:
+    """Write one embedded data set, and return its entry in the manifest."""
+    request = part_request(suite, name)
+    if suite.probe is not None and name == suite.probe.task:
         benchmark = upstream.visual_probe(suite.probe, suite.mirror_seed)
-        entries[suite.probe.task] = {**_write(folder, benchmark, suite.probe.task, []), "references": {}}
-    return entries
+        return {**_write(folder, benchmark, name, []), "references": {}, "request": request}
+    (task,) = [task for task in suite.tasks if task.task == name]
+    benchmark = BUILDERS[name](task, suite.mirror_seed)
+    prior = _easy_vqa_prior() if benchmark.data_source == "real" else _scenes_prior(suite.mirror_seed)
+    references = prior.references(benchmark.documents)
+    known = _known_documents(benchmark, prior)
+    return {**_write(folder, benchmark, name, known), "references": references, "request": request}
 
 
 def _known_documents(benchmark: upstream.Benchmark, prior: TextPrior) -> list[DocumentRecord]:
@@ -190,7 +352,7 @@ def _write(folder: Path, benchmark: upstream.Benchmark, task: str, known: list[D
         "repo": benchmark.repo,
         "data_source": benchmark.data_source,
         "num_docs": benchmark.num_docs,
-        "files": {path.relative_to(folder).as_posix(): file_hash(path) for path in files},
+        "files": {path.relative_to(folder).as_posix(): file_record(path) for path in files},
     }
 
 

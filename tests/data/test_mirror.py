@@ -110,7 +110,8 @@ def test_the_same_request_gives_the_same_bytes(mirror, tmp_path):
 def test_another_request_replaces_the_mirror(own_mirror):
     wider = build_mirror(own_mirror, one_task(num_images=4))
     assert wider["tasks"]["gqa"]["num_docs"] == 32
-    assert build_mirror(own_mirror, suite(3, mirror_seed=1))["request"] != wider["request"]
+    seeded = build_mirror(own_mirror, one_task(num_images=4).model_copy(update={"mirror_seed": 1}))
+    assert seeded["tasks"]["gqa"]["files"] != wider["tasks"]["gqa"]["files"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "delete"])
@@ -142,6 +143,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
         ({"task": "gqq"}, "'gqq' has no embedded data .*did you mean 'gqa'"),
         ({"data_source": "real"}, "the embedded mirror's data are generated"),
         ({"task": "prebench_easy_vqa", "data_source": "real", "num_images": 1001}, "there are 1000 pictures"),
+        ({"data_source": "real", "num_images": None}, "real data are needed for gqa; .*`prebench mirror --suite"),
     ],
 )
 def test_impossible_requests(tmp_path, changes, message):
