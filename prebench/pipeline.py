@@ -10,15 +10,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prebench.errors import StoreError, TrainingError
 from prebench.jobs import choose_jobs
 from prebench.progress import say
 from prebench.records import content_hash
-from prebench.schema import StudyConfig
+from prebench.schema import StudyConfig, SuiteConfig
 from prebench.study import Run, locked, open_study, plan_study, runs
 
 MIRROR = "mirror"
+ANSWERS = ".answers"
+"""Beside the studies: the answers of the same weights serve them all."""
+MIRROR_VARIABLE = "PREBENCH_MIRROR"
+HASHED_FILES = "mirror-files.json"
+"""In the study's cache: which files of a user's mirror were hashed, so that gigabytes are read once per study."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +38,57 @@ class Plan:
     tasks: tuple[str, ...]
 
 
-def plan(folder: Path, config: StudyConfig) -> Plan:
+def plan(folder: Path, config: StudyConfig, mirror: Path | None = None) -> Plan:
     """Return which runs are missing; writes nothing."""
-    from prebench.data.mirror import check_suite
-
-    check_suite(config.suite)
+    choose_mirror(config.suite, config.suite.task_names, mirror)
     todo = [run for run in runs(folder, config) if not is_trained(run, config)]
     names = {run.name for run in todo}
     done = tuple(run.name for run in runs(folder, config) if run.name not in names)
     return Plan(tuple(run.name for run in todo), done, tuple(config.suite.task_names))
 
 
-def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None) -> list[Path]:
+def choose_mirror(suite: SuiteConfig, tasks: Sequence[str], named: Path | None) -> Path | None:
+    """Return the user's mirror that a suite is read from, None where the study makes its own; libraries stay offline.
+
+    Args:
+        suite: the study's.
+        tasks: those of it that will be evaluated.
+        named: on the command line; else, where the suite has real benchmarks, PREBENCH_MIRROR counts.
+
+    Raises:
+        ConfigError: the suite needs a user's mirror and none is named, or no embedded data can serve a task.
+        DataError: the mirror lacks a task, or holds other data than the suite asks for.
+    """
+    from prebench.data.mirror import check_suite, hub_tasks, open_mirror
+
+    variable = os.environ.get(MIRROR_VARIABLE)
+    folder = Path(variable) if named is None and variable and hub_tasks(suite) else named
+    if folder is None:
+        check_suite(suite)
+        return None
+    os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    open_mirror(folder, suite, tasks)
+    return folder
+
+
+def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None, mirror: Path | None = None) -> list[Path]:
     """Carry a study through every stage and return the paths of its tables and figures.
+
+    Args:
+        folder: the study.
+        requested: what it is to hold.
+        jobs: processes; None chooses by cores and memory.
+        mirror: the user's folder with real benchmarks; see `choose_mirror`.
 
     Raises:
         PrebenchError: bad input, a study made with another configuration, a failed stage; nothing computed is lost.
     """
-    from prebench.data.mirror import check_suite
-
-    check_suite(plan_study(folder, requested).suite)
+    suite = plan_study(folder, requested).suite
+    mirror = choose_mirror(suite, suite.task_names, mirror)
     with locked(folder):
         config = open_study(folder, requested)
         train_all(folder, config, jobs)
-        evaluate_all(folder, config, config.suite.task_names, jobs)
+        evaluate_all(folder, config, config.suite.task_names, jobs, mirror)
         return write_report(folder)
 
 
@@ -109,7 +142,9 @@ def is_trained(run: Run, config: StudyConfig) -> bool:
     return True
 
 
-def evaluate_all(folder: Path, config: StudyConfig, tasks: Sequence[str], jobs: int | None = None) -> None:
+def evaluate_all(
+    folder: Path, config: StudyConfig, tasks: Sequence[str], jobs: int | None = None, mirror: Path | None = None
+) -> None:
     """Evaluate and probe every run on the named tasks, in subprocesses whose working directory is the mirror.
 
     Args:
@@ -117,8 +152,8 @@ def evaluate_all(folder: Path, config: StudyConfig, tasks: Sequence[str], jobs: 
         config: its configuration.
         tasks: lmms-eval ids of the suite.
         jobs: processes; None chooses by cores and memory.
+        mirror: the user's folder with real benchmarks; see `choose_mirror`.
     """
-    from prebench.data.mirror import build_mirror
     from prebench.evaluation.runner import evaluate_study
     from prebench.runtime import choose_device
     from prebench.train_runs import CACHE, dtype_name
@@ -126,24 +161,40 @@ def evaluate_all(folder: Path, config: StudyConfig, tasks: Sequence[str], jobs: 
     chosen = config.suite.model_copy(update={"tasks": tuple(t for t in config.suite.tasks if t.task in tasks)})
     if config.suite.probe is not None and config.suite.probe.task not in tasks:
         chosen = chosen.model_copy(update={"probe": None})
-    mirror = folder / MIRROR
+    mirror = choose_mirror(config.suite, tasks, mirror)
     trained = [run for run in runs(folder, config) if is_trained(run, config)]
     if not trained:
         raise StoreError(f"{folder}: no run is trained yet; `prebench train --study {folder.name}` does that")
     write_manifest(folder)
-    manifest = build_mirror(mirror, config.suite)
+    manifest = _mirror_manifest(folder, config.suite, tasks, mirror)
     recipe = config.preset.train
     evaluate_study(
         trained,
         chosen,
-        mirror,
+        mirror or folder / MIRROR,
         manifest,
         folder / CACHE,
+        answers=folder.parent / ANSWERS,
         device=recipe.device,
         dtype=dtype_name(config),
         cpu_threads=recipe.cpu_threads,
         jobs=choose_jobs(jobs, len(trained), recipe.cpu_threads, choose_device(recipe.device).type),
     )
+
+
+def _mirror_manifest(folder: Path, suite: SuiteConfig, tasks: Sequence[str], mirror: Path | None) -> dict[str, Any]:
+    """Return what lies in the mirror: the study's own, made where it is missing, or the user's, every file checked."""
+    from prebench.data.mirror import build_mirror, open_mirror
+    from prebench.store import read_json, write_json
+    from prebench.train_runs import CACHE
+
+    if mirror is None:
+        return build_mirror(folder / MIRROR, suite)
+    path = folder / CACHE / HASHED_FILES
+    hashed = read_json(path) if path.is_file() else {}
+    manifest = open_mirror(mirror.resolve(), suite, tasks, hashed)
+    write_json(path, hashed)
+    return manifest
 
 
 def write_report(folder: Path) -> list[Path]:

@@ -11,7 +11,8 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from tenacity import RetryError
 from prebench.errors import EvaluationError, StoreError
 from prebench.evaluation import scores
 from prebench.evaluation.adapter import late_messages, probe_answers
+from prebench.evaluation.answers import AnswerLog, answer_file, decided_by
 from prebench.evaluation.engine import Answer, Engine, GenerationRequest, greedy_settings, one_line
 from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
 from prebench.evaluation.prompts import DOCUMENT_ERRORS
@@ -46,8 +48,8 @@ from prebench.store import read_json, read_jsonl, write_bytes, write_jsonl, writ
 MODEL_NAME = "prebench"
 """Under which tasks look for model-specific prompts: one name for all variants, so that prompts agree."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with title, documents done and their total."""
+Send = Callable[[dict[str, Any]], None]
+"""Called with progress (`title`, documents `done`, their `total`, a `note`), or with a line to show (`say`)."""
 
 
 class LoadedTask:
@@ -153,16 +155,24 @@ def evaluate_task(
     config: TaskConfig,
     request: EvaluationRequest,
     hashes: dict[str, str],
-    progress: Progress,
+    send: Send,
 ) -> TaskRecord:
     """Answer and score one task for one run, and write its samples and its record.
 
+    Answers that the log of these weights holds are taken from it; new ones are in it before the next batch starts.
+
     Raises:
-        EvaluationError: more than `request.max_error_share` of the documents failed; no record is written.
+        EvaluationError: more than `request.max_error_share` of the documents failed; no record is written, and the
+            next call tries these documents again.
+        StoreError: the answer log can't be read or written.
     """
     started = time.perf_counter()
+    title = f"{run.name} {loaded.name}"
     instances = loaded.instances()
-    answers = _answers(engine, loaded, instances, f"{run.name} {loaded.name}", progress)
+    with _open_log(engine, loaded, request, hashes) as log:
+        if log is not None and log.damaged:
+            send({"say": f"{log.path}: {log.damaged} damaged or unfinished lines are ignored and computed again"})
+        answers = _answers(engine, loaded, instances, title, send, log)
     texts = {doc_id: answer.text for doc_id, answer in answers.items() if answer.text is not None}
     results = loaded.results(instances, texts)
     outcomes = {doc_id: results.get(doc_id, str(answers[doc_id].error)) for doc_id in sorted(instances)}
@@ -171,7 +181,7 @@ def evaluate_task(
     failed = [sample for sample in samples if sample.error is not None]
     if len(failed) > request.max_error_share * len(samples):
         raise EvaluationError(
-            f"{run.name} {loaded.name}: {len(failed)} of {len(samples)} documents failed, more than "
+            f"{title}: {len(failed)} of {len(samples)} documents failed, more than "
             f"{request.max_error_share:.1%} (document {failed[0].doc_id}: {failed[0].error})"
         )
     values = [sample.score for sample in samples if sample.score is not None and sample.counts]
@@ -197,11 +207,12 @@ def evaluate_task(
     )
     write_jsonl(run.run_dir / "eval" / f"{loaded.name}.samples.jsonl", samples)
     write_record(run.run_dir / "eval" / f"{loaded.name}.json", record)  # last: its presence says "complete"
+    _say_totals(title, samples, 0 if log is None else log.taken, send)
     return record
 
 
 def evaluate_probe(
-    engine: Engine, loaded: LoadedTask, run: RunRequest, hashes: dict[str, str], progress: Progress
+    engine: Engine, loaded: LoadedTask, run: RunRequest, hashes: dict[str, str], send: Send
 ) -> list[ProbeRow]:
     """Extract features of all probe images, fit the probes in the task's aggregation, and write `probe.parquet`.
 
@@ -211,7 +222,7 @@ def evaluate_probe(
     """
     title = f"{run.name} {loaded.name}"
     instances = loaded.instances()
-    progress(title, 0, len(instances))
+    send({"title": title, "done": 0, "total": len(instances)})
     run.run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=run.run_dir) as folder:
         os.environ[PROBE_DIR_VARIABLE] = folder
@@ -224,14 +235,28 @@ def evaluate_probe(
         loaded.aggregate([results[d] for d in doc_ids], Path(folder))  # type: ignore[misc]
         rows = [ProbeRow(**row) for row in read_json(Path(folder) / LAYERS_FILE)]
     _write_parquet(run.run_dir / PROBE_FILE, rows, hashes)
-    progress(title, len(doc_ids), len(doc_ids))
+    send({"title": title, "done": len(doc_ids), "total": len(doc_ids)})
     return rows
 
 
+def _open_log(
+    engine: Engine, loaded: LoadedTask, request: EvaluationRequest, hashes: Mapping[str, str]
+) -> AbstractContextManager[AnswerLog | None]:
+    if request.answers is None:
+        return nullcontext()
+    weights = hashes["weights"]
+    return AnswerLog(answer_file(request.answers, weights, loaded.name), decided_by(engine, weights))
+
+
 def _answers(
-    engine: Engine, loaded: LoadedTask, instances: Mapping[int, Instance], title: str, progress: Progress
+    engine: Engine,
+    loaded: LoadedTask,
+    instances: Mapping[int, Instance],
+    title: str,
+    send: Send,
+    log: AnswerLog | None,
 ) -> dict[int, Answer]:
-    def requests() -> Any:
+    def requests() -> Iterator[GenerationRequest]:
         for doc_id in scores.side_by_side(loaded.image_ids):
             _, doc_to_messages, settings, *_ = instances[doc_id].args
             max_new_tokens, until = greedy_settings(settings, loaded.name)
@@ -239,11 +264,28 @@ def _answers(
             yield GenerationRequest(doc_id, messages, max_new_tokens, until)
 
     answers: dict[int, Answer] = {}
-    progress(title, 0, len(instances))
-    for answer in engine.generate(requests()):
+    total = len(instances)
+    send({"title": title, "done": 0, "total": total})
+    for answer in engine.generate(requests(), None if log is None else log.known):
+        if log is not None:
+            log.add(answer)
         answers[answer.key] = answer  # type: ignore[index]
-        progress(title, len(answers), len(instances))
+        note = f"({log.taken} from the answer log)" if log is not None and log.taken else ""
+        send({"title": title, "done": len(answers), "total": total, "note": note})
     return answers
+
+
+def _say_totals(title: str, samples: Sequence[SampleRecord], taken: int, send: Send) -> None:
+    """Report what is not plain: documents that failed, answers that were there before."""
+    failed = [sample for sample in samples if sample.error is not None]
+    parts = []
+    if failed:
+        first = f"document {failed[0].doc_id}: {failed[0].error}"
+        parts.append(f"{len(samples) - len(failed)} documents scored, {len(failed)} failed ({first})")
+    if taken:
+        parts.append(f"{taken} of {len(samples)} answers were in the answer log")
+    if parts:
+        send({"say": f"{title}: {'; '.join(parts)}"})
 
 
 def _known(path: Path, num_documents: int) -> dict[int, DocumentRecord]:

@@ -45,6 +45,8 @@ class EvaluationRequest(StrictModel):
     device: str = "auto"
     dtype: str = "auto"
     token_budget: int | None = None
+    answers: Path | None = None
+    """Folder of the answer logs, shared by all who evaluate the same weights; None keeps none."""
 
     @property
     def task_names(self) -> list[str]:
@@ -59,6 +61,11 @@ class TaskSource:
     task: str
     yaml_path: Path
     dataset_path: str
+    dataset_name: str | None
+    """Config of the data set; None: its only or default one."""
+    split: str
+    """The evaluated split, as lmms-eval chooses it."""
+    dataset_kwargs: Mapping[str, Any]
 
     def data_folder(self, mirror: Path) -> Path:
         """Return the task's data set in the mirror.
@@ -69,8 +76,8 @@ class TaskSource:
         folder = mirror / self.dataset_path
         if not folder.is_dir():
             raise EvaluationError(
-                f"task {self.task!r}: no data set {self.dataset_path} in the mirror {mirror}; "
-                "`prebench evaluate` fills it"
+                f"task {self.task!r}: no data set {self.dataset_path} in the mirror {mirror}; `prebench evaluate` writes "
+                "embedded data there, `prebench mirror` fetches real ones"
             )
         return folder
 
@@ -98,8 +105,19 @@ def find_task(task: str) -> TaskSource:
         for path in candidates:
             values = _read_task(path)
             if values.get("task") == task and "dataset_path" in values:
-                return TaskSource(task, path, str(values["dataset_path"]))
+                return _source(task, path, values)
     raise EvaluationError(f"unknown task {task!r}: neither prebench ({data_dir('tasks')}) nor lmms-eval defines it")
+
+
+def _source(task: str, path: Path, values: Mapping[str, Any]) -> TaskSource:
+    return TaskSource(
+        task,
+        path,
+        str(values["dataset_path"]),
+        values.get("dataset_name"),
+        str(values.get("test_split") or values.get("validation_split") or "test"),
+        values.get("dataset_kwargs") or {},
+    )
 
 
 def _lmms_eval_tasks() -> Path:
@@ -215,16 +233,26 @@ def plan(request: EvaluationRequest, mirror: Path) -> Work:
 
 
 def is_done(run: RunRequest, task: str, expected: Mapping[str, str], request: EvaluationRequest) -> bool:
-    """Tell whether a run's result of a task stands and was made by exactly this."""
+    """Tell whether a run's result of a task stands and was made by exactly this.
+
+    Failed documents are part of a result: as long as they are no more than `request.max_error_share`, it stands, and
+    they are not tried again. Where they were more there is no result, and the next evaluation tries them again.
+    """
     if request.probe is not None and task == request.probe.task:
         return _probe_hashes(run.run_dir / PROBE_FILE) == dict(expected)
     path = run.run_dir / "eval" / f"{task}.json"
     if not path.is_file() or not path.with_suffix(".samples.jsonl").is_file():
         return False
     try:
-        return read_record(path, TaskRecord).hashes == dict(expected)
+        record = read_record(path, TaskRecord)
     except StoreError:
         return False  # a damaged record is computed again
+    return (
+        record.hashes == dict(expected)
+        # Compared as they are: in the hashes they would make every older record a stale one.
+        and record.references == request.references.get(task, {})
+        and record.n_errors <= request.max_error_share * record.n
+    )
 
 
 def _probe_hashes(path: Path) -> dict[str, str] | None:

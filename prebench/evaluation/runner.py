@@ -37,6 +37,7 @@ def evaluate_study(
     mirror: Path,
     manifest: Mapping[str, Any],
     cache: Path,
+    answers: Path,
     device: str,
     dtype: str,
     cpu_threads: int | None = None,
@@ -50,6 +51,7 @@ def evaluate_study(
         mirror: folder with the data sets.
         manifest: the mirror's `mirror.json` (`references` per task).
         cache: folder for `datasets`' cache and the log.
+        answers: folder of the answer logs (`prebench.evaluation.answers`), shared by the studies beside each other.
         device: "auto", "cpu" or "cuda".
         dtype: "float32" or "bfloat16", never "auto": a result in one precision does not stand for the other.
         cpu_threads: threads of one process on a CPU; None leaves torch's choice.
@@ -69,6 +71,7 @@ def evaluate_study(
         references=references(manifest),
         device=device,
         dtype=dtype,
+        answers=answers.resolve(),
     )
     run_in_subprocesses(request, mirror, cache, cpu_threads, jobs)
 
@@ -159,12 +162,12 @@ class _Child:
         return f"the evaluation process ended with code {self.process.returncode}: {tail} (log: {self._log})"
 
 
-def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
+def evaluate_runs(work: Work, send: Callable[[dict[str, Any]], None]) -> None:
     """Evaluate and probe in this process; its working directory must be the mirror.
 
     Args:
         work: what is missing.
-        report: called with title, documents done and their total.
+        send: called with progress and with lines to show (`prebench.evaluation.harness.Send`).
 
     Raises:
         EvaluationError: tasks failed (all are named); what did not fail is written.
@@ -195,9 +198,9 @@ def evaluate_runs(work: Work, report: Callable[[str, int, int], None]) -> None:
                 if isinstance(task, PrebenchError):
                     raise task
                 if item.task in configs:
-                    evaluate_task(engine, task, run, configs[item.task], request, item.hashes, report)
+                    evaluate_task(engine, task, run, configs[item.task], request, item.hashes, send)
                 else:
-                    evaluate_probe(engine, task, run, item.hashes, report)
+                    evaluate_probe(engine, task, run, item.hashes, send)
             except PrebenchError as error:
                 problems[str(error)] = None
     if problems:
@@ -241,17 +244,20 @@ def _environment(cache: Path, cpu_threads: int | None) -> dict[str, str]:
 
 
 def _follow(stream: IO[str]) -> str | None:
-    """Show the child's progress until it ends; return the error that it reported."""
+    """Show the child's progress and its lines until it ends; return the error that it reported."""
     error: str | None = None
     line: ProgressLine | None = None
     for message in _messages(stream):
         if "error" in message:
             error = message["error"]
             continue
+        if "say" in message:
+            say(message["say"])
+            continue
         title, done, total = message["title"], message["done"], message["total"]
         if line is None or line.title != title:
             line = ProgressLine(title, total, "document").__enter__()
-        line.update(done)
+        line.update(done, message.get("note", ""))
         if done >= total:
             line.__exit__(None, None, None)
             line = None
@@ -292,7 +298,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         work = validate(Work, read_json(path), str(path))
-        evaluate_runs(work, lambda t, d, n: send({"title": t, "done": d, "total": n}))
+        evaluate_runs(work, send)
     except Exception as error:
         known = user_error(error)
         if known is None:
