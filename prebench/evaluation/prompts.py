@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import sys
 import zlib
@@ -11,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
-from prebench.images import marked_reason, require_size
+from prebench.images import marked_reason, pixel_hash, require_size, to_rgb
 from prebench.records import content_hash
 
 Messages = Sequence[Mapping[str, Any]]
@@ -118,27 +116,7 @@ def _rgb_and_hash(image: Image.Image) -> tuple[str, Image.Image]:
     rgb = to_rgb(image)
     if reason := marked_reason(rgb):
         raise ValueError(f"unreadable when the mirror was made: {reason}")
-    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
-    digest.update(rgb.tobytes())
-    return digest.hexdigest()[:16], rgb
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in RGB, as processors convert it: the first frame, transparency and orientation tags ignored.
-
-    16-bit grey is scaled to 8 bits; PIL alone would clip it, which leaves a white picture.
-
-    Raises:
-        ValueError: the pixels have no defined range (modes I and F), or the mode can't be converted.
-        OSError, ...: the file is broken.
-    """
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"image of mode {image.mode}: the range of its 32-bit values is not defined; store 8 or 16 bits"
-        )
-    return image.convert("RGB")
+    return pixel_hash(rgb), rgb
 
 
 class PromptBuilder:
@@ -205,9 +183,15 @@ def _without_pixels(messages: Messages) -> list[dict[str, Any]]:
             "content": message["content"]
             if isinstance(message["content"], str)
             else [
-                {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+                {"type": "image"} if part["type"] == "image" else {"type": "text", "text": _text(part["text"])}
                 for part in message["content"]
             ],
         }
         for message in messages
     ]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):  # a template would ask the question "None"
+        raise ValueError(f"a text was expected, not {type(value).__name__}")
+    return value
