@@ -10,7 +10,8 @@ import click
 
 from prebench import __version__
 from prebench.cli_analysis import compare, plan
-from prebench.cli_options import chosen_study, jobs_option, results_option, study_option, width
+from prebench.cli_options import chosen_study, jobs_option, mirror_option, results_option, study_option, width
+from prebench.cli_tools import mirror as mirror_command
 from prebench.cli_tools import pretrain
 from prebench.errors import ConfigError, user_error
 
@@ -84,9 +85,10 @@ def main() -> None:
 @click.option("--name", help="Study name; <suite>-<preset> by default.")
 @results_option
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one field of the preset.")
+@mirror_option
 @jobs_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
-def run(results: Path, dry_run: bool, jobs: int | None, **request: Any) -> None:
+def run(results: Path, dry_run: bool, jobs: int | None, mirror: Path | None, **request: Any) -> None:
     """Train, evaluate, probe and tabulate a study; go on where it stopped.
 
     The same command on a finished study does nothing; more seeds, variants or tasks extend it; another preset or recipe
@@ -105,9 +107,9 @@ def run(results: Path, dry_run: bool, jobs: int | None, **request: Any) -> None:
     config = _study_config(**request)
     folder = results / config.name
     if dry_run:
-        _echo_plan(folder, plan_study(folder, config))
+        _echo_plan(folder, plan_study(folder, config), mirror)
         return
-    paths = pipeline.run_study(folder, config, jobs)
+    paths = pipeline.run_study(folder, config, jobs, mirror)
     _echo_summary(folder, paths)
 
 
@@ -142,10 +144,10 @@ def _study_config(
     return validate(StudyConfig, values, f"study {study_name}")
 
 
-def _echo_plan(folder: Path, config: StudyConfig) -> None:
+def _echo_plan(folder: Path, config: StudyConfig, mirror: Path | None) -> None:
     from prebench import pipeline
 
-    todo = pipeline.plan(folder, config)
+    todo = pipeline.plan(folder, config, mirror)
     recipe = config.preset.train
     click.echo(f"study      {folder}")
     click.echo(f"preset     {config.preset.name}: {config.preset.description}")
@@ -184,21 +186,25 @@ def train(study: str | None, results: Path, jobs: int | None) -> None:
 @study_option
 @results_option
 @click.option("--tasks", callback=_split, help="lmms-eval task ids of the suite; all by default.")
+@mirror_option
 @jobs_option
-def evaluate(study: str | None, results: Path, tasks: tuple[str, ...] | None, jobs: int | None) -> None:
+def evaluate(
+    study: str | None, results: Path, tasks: tuple[str, ...] | None, mirror: Path | None, jobs: int | None
+) -> None:
     """Evaluate the study's trained runs on its benchmark tasks."""
     from prebench.study import read_study
 
     folder = chosen_study(results, study)
     names = [task.task for task in read_study(folder).suite.tasks]
-    _evaluate(folder, names, tasks or names, jobs)
+    _evaluate(folder, names, tasks or names, mirror, jobs)
 
 
 @main.command()
 @study_option
 @results_option
+@mirror_option
 @jobs_option
-def probe(study: str | None, results: Path, jobs: int | None) -> None:
+def probe(study: str | None, results: Path, mirror: Path | None, jobs: int | None) -> None:
     """Probe the visual tokens of the study's trained runs at every layer."""
     from prebench.study import read_study
 
@@ -206,10 +212,10 @@ def probe(study: str | None, results: Path, jobs: int | None) -> None:
     config = read_study(folder).suite.probe
     if config is None:
         raise ConfigError(f"{folder}: the suite of this study has no probe")
-    _evaluate(folder, [config.task], [config.task], jobs)
+    _evaluate(folder, [config.task], [config.task], mirror, jobs)
 
 
-def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str], jobs: int | None) -> None:
+def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str], mirror: Path | None, jobs: int | None) -> None:
     from prebench import pipeline
     from prebench.errors import did_you_mean
     from prebench.study import locked, read_study
@@ -218,7 +224,7 @@ def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str], jobs: in
         if task not in known:
             raise ConfigError(f"--tasks: unknown task {task!r}{did_you_mean(task, known)}")
     with locked(folder):
-        pipeline.evaluate_all(folder, read_study(folder), tasks, jobs)
+        pipeline.evaluate_all(folder, read_study(folder), tasks, jobs, mirror)
 
 
 @main.command()
@@ -258,7 +264,7 @@ def _listing(section: str, results: Path) -> list[tuple[str, str]]:
     return [(name, load(name).description) for name in list_configs(section)]
 
 
-for command in (compare, plan, pretrain):
+for command in (compare, mirror_command, plan, pretrain):
     main.add_command(command)
 
 

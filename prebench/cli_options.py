@@ -36,6 +36,15 @@ def jobs_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--jobs", type=click.IntRange(min=1), help=help_text)(function)
 
 
+def mirror_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --mirror."""
+    return click.option(
+        "--mirror",
+        type=click.Path(path_type=Path),
+        help="Folder that `prebench mirror` filled with real benchmarks; PREBENCH_MIRROR by default. Works offline.",
+    )(function)
+
+
 def chosen_study(results: Path, study: str | None) -> Path:
     """Return the folder of the named study, or of the only or latest one."""
     from prebench.analysis.join import find_study

@@ -1,10 +1,18 @@
-"""Commands that need no study: pretrained parts. Heavy imports happen inside commands."""
+"""Commands that need no study: pretrained parts, mirrors. Heavy imports happen inside commands."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from prebench.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from prebench.data.download import HubTask
+    from prebench.schema import SuiteConfig
 
 
 @click.command()
@@ -44,3 +52,120 @@ def pretrain(folder: Path | None, tower_steps: int | None, language_steps: int |
         for name, value in accuracies.items():
             click.echo(f"{part:<15} {name:<16} {value:.3f}")
     click.echo(f"written: {target}")
+
+
+@click.command()
+@click.option("--suite", help="What is to be measured: a name or a YAML file.")
+@click.option("--to", "folder", type=click.Path(path_type=Path, file_okay=False), help="The mirror, new or begun.")
+@click.option("--tasks", "chosen", help="Some of the suite's tasks, separated by commas; all by default.")
+@click.option(
+    "--revisions",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Commits to fetch: another mirror's mirror.json, or YAML of data set: commit.",
+)
+@click.option("--dry-run", is_flag=True, help="List data sets, files and bytes, and stop.")
+@click.option("--verify", type=click.Path(path_type=Path, file_okay=False), help="Check every file of this mirror.")
+def mirror(
+    suite: str | None,
+    folder: Path | None,
+    chosen: str | None,
+    revisions: Path | None,
+    dry_run: bool,
+    verify: Path | None,
+) -> None:
+    """Fetch a suite's real benchmarks once, for machines without a network; or check what was fetched.
+
+    The data sets' current commits are written down, fetched and checked against the Hub's checksums; the same command
+    goes on where it was interrupted, and repairs. Every image is decoded once: the documents of those that can't be
+    become errors, not wrong answers. HF_ENDPOINT names another server, HF_TOKEN or `hf auth login` gives access.
+
+    \b
+    Examples:
+      prebench mirror --suite paper --to mirror --dry-run
+      prebench mirror --suite paper --to mirror
+      prebench mirror --suite paper --to mirror --revisions other/mirror.json
+      prebench mirror --verify mirror
+      prebench run --suite paper --mirror mirror
+    """
+    if verify is not None:
+        if suite or folder:
+            raise ConfigError("--verify DIR stands alone: it checks what is there, whatever the suite")
+        _verify(verify)
+        return
+    if suite is None or folder is None:
+        raise ConfigError("name what to fetch and where to: `prebench mirror --suite NAME --to DIR`")
+    from prebench.config import load_suite
+    from prebench.data.download import fill_mirror, read_revisions
+    from prebench.data.mirror import all_files
+
+    loaded = load_suite(suite)
+    names = _chosen_tasks(loaded, chosen)
+    tasks = _hub_tasks(loaded, names)
+    pins = read_revisions(revisions, [task.repo for task in tasks]) if revisions else {}
+    if dry_run:
+        _list_downloads(tasks, names, pins)
+        return
+    argument = str(Path(suite).resolve()) if suite.endswith((".yaml", ".yml")) else suite
+    manifest = fill_mirror(folder, loaded, names, tasks, pins, argument)
+    size = sum(record["size"] for record in all_files(manifest).values())
+    click.echo(f"{folder}: complete for {', '.join(names)} ({size / 1e9:.2f} GB)")
+    click.echo(f"use it with: prebench run --suite {suite} --mirror {folder}")
+
+
+def _chosen_tasks(suite: SuiteConfig, chosen: str | None) -> list[str]:
+    from prebench.errors import did_you_mean
+
+    names = [part.strip() for part in (chosen or "").split(",") if part.strip()] or suite.task_names
+    for name in names:
+        if name not in suite.task_names:
+            raise ConfigError(f"--tasks: unknown task {name!r}{did_you_mean(name, suite.task_names)}")
+    return list(dict.fromkeys(names))
+
+
+def _hub_tasks(suite: SuiteConfig, names: Sequence[str]) -> list[HubTask]:
+    """Return where the definitions of real benchmarks find their data."""
+    from prebench.data.download import HubTask
+    from prebench.data.mirror import hub_tasks
+    from prebench.evaluation.request import find_task
+
+    found = []
+    for task in hub_tasks(suite):
+        if task.task not in names:
+            continue
+        source = find_task(task.task)
+        unknown = source.dataset_kwargs.keys() - {"token", "revision", "trust_remote_code"}
+        if unknown:
+            raise ConfigError(
+                f"suite {suite.name}: task {task.task!r} loads its data with {', '.join(sorted(unknown))}, which no "
+                "mirror can serve"
+            )
+        revision = source.dataset_kwargs.get("revision")
+        found.append(HubTask(task.task, source.dataset_path, source.dataset_name, source.split, revision))
+    return found
+
+
+def _list_downloads(tasks: Sequence[HubTask], names: Sequence[str], pins: dict[str, str]) -> None:
+    from prebench.data.download import plan_downloads
+    from prebench.data.hub import Hub
+
+    downloads = plan_downloads(Hub(), tasks, pins)
+    for download in downloads:
+        where = f"{download.listing.repo}@{download.listing.commit}"
+        click.echo(f"{download.task.task}: {where}, {len(download.names)} files, {download.size:,} bytes")
+        for name in download.names:
+            click.echo(f"  {download.listing.files[name].size:>14,}  {name}")
+    for name in names:
+        if name not in {task.task for task in tasks}:
+            click.echo(f"{name}: ships with prebench")
+    click.echo(f"{sum(download.size for download in downloads):,} bytes; nothing was written")
+
+
+def _verify(folder: Path) -> None:
+    from prebench.data.mirror import verify_mirror
+
+    problems, commands = verify_mirror(folder)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise DataError(f"{folder}: {len(problems)} problems; `{'`, `'.join(commands)}` repairs")
+    click.echo(f"{folder}: every file is as it was fetched")

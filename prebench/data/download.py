@@ -123,7 +123,7 @@ def fill_mirror(
     names: Sequence[str],
     tasks: Sequence[HubTask],
     revisions: Mapping[str, str],
-    command: str,
+    argument: str,
     hub: Hub | None = None,
 ) -> dict[str, Any]:
     """Put what is missing of a suite's data into a folder; what is there and intact is left alone.
@@ -134,7 +134,7 @@ def fill_mirror(
         names: which of them.
         tasks: the definitions of those whose data come from the Hub.
         revisions: of data sets, where others than the main branch are wanted.
-        command: what the user typed; a later check names it for the repair.
+        argument: name or file of the suite, which a later check names in the command that repairs.
         hub: where from; HF_ENDPOINT by default.
 
     Returns:
@@ -146,7 +146,7 @@ def fill_mirror(
     """
     check_embedded(suite)
     with _locked(folder):
-        manifest = _begin(folder, suite, names, command)
+        manifest = _begin(folder, suite, names, argument)
         _require_revisions(folder, manifest, revisions)
         todo = [name for name in names if not _is_complete(folder, suite, name, manifest, tasks)]
         for name in todo:
@@ -167,7 +167,7 @@ def fill_mirror(
     return manifest
 
 
-def _begin(folder: Path, suite: SuiteConfig, names: Sequence[str], command: str) -> dict[str, Any]:
+def _begin(folder: Path, suite: SuiteConfig, names: Sequence[str], argument: str) -> dict[str, Any]:
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, "name another folder")
         if manifest.get("format") != FORMAT or "revisions" not in manifest:
@@ -177,7 +177,7 @@ def _begin(folder: Path, suite: SuiteConfig, names: Sequence[str], command: str)
     else:
         manifest = {"format": FORMAT, "revisions": {}, "suites": {}, "tasks": {}}
     known = manifest["suites"].get(suite.name, {"tasks": []})["tasks"]
-    manifest["suites"][suite.name] = {"command": command, "tasks": list(dict.fromkeys([*known, *names]))}
+    manifest["suites"][suite.name] = {"argument": argument, "tasks": list(dict.fromkeys([*known, *names]))}
     return manifest
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,15 @@ def build_mirror(folder: Path, suite: SuiteConfig) -> dict[str, Any]:
     return manifest
 
 
-def open_mirror(folder: Path, suite: SuiteConfig, trusted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the manifest of a user's mirror, after a check that it serves a suite; writes nothing.
+def open_mirror(
+    folder: Path, suite: SuiteConfig, names: Sequence[str], trusted: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the manifest of a user's mirror, after a check that it serves tasks of a suite; writes nothing.
 
     Args:
         folder: made by `prebench mirror`.
-        suite: what will be evaluated.
+        suite: the study's.
+        names: the tasks that will be evaluated.
         trusted: files that were hashed before (see `damage`); None looks at names and sizes alone.
 
     Raises:
@@ -112,12 +115,12 @@ def open_mirror(folder: Path, suite: SuiteConfig, trusted: dict[str, Any] | None
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder}: no mirror here (no {MANIFEST}); `{command}` makes one (needs a network)")
     manifest = read_manifest(folder, f"`{command}` into another folder makes it again")
-    missing = [name for name in suite.task_names if name not in manifest["tasks"]]
+    missing = [name for name in names if name not in manifest["tasks"]]
     if missing:
         raise DataError(f"{folder}: this mirror has no {', '.join(missing)}; `{command}` fetches what is missing")
-    for name in suite.task_names:
+    for name in names:
         check_entry(folder, suite, name, manifest["tasks"][name])
-    needed = {"tasks": {name: manifest["tasks"][name] for name in suite.task_names}}
+    needed = {"tasks": {name: manifest["tasks"][name] for name in names}}
     problems = list(damage(folder, all_files(needed), trusted, sizes_only=trusted is None))
     if problems:
         more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
@@ -151,8 +154,11 @@ def hub_tasks(suite: SuiteConfig) -> list[TaskConfig]:
 
 def mirror_command(suite: SuiteConfig, folder: Path | str) -> str:
     """Return the command line that fetches what a suite needs."""
-    name = suite.name if suite.name in list_configs("suites") else f"{suite.name}.yaml"
-    return shlex.join(["prebench", "mirror", "--suite", name, "--to", str(folder)])
+    return _command(suite.name if suite.name in list_configs("suites") else f"{suite.name}.yaml", folder)
+
+
+def _command(suite: str, folder: Path | str) -> str:
+    return shlex.join(["prebench", "mirror", "--suite", suite, "--to", str(folder)])
 
 
 def all_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -237,7 +243,8 @@ def verify_mirror(folder: Path) -> tuple[list[str], list[str]]:
         if name not in manifest["tasks"]:
             problems.append(f"{folder}: {name} is not complete yet")
             broken.add(name)
-    commands = [suite["command"] for suite in suites.values() if broken & set(suite["tasks"])]
+    arguments = [suite["argument"] for suite in suites.values() if broken & set(suite["tasks"])]
+    commands = [_command(argument, folder) for argument in arguments]
     return list(dict.fromkeys(problems)), commands
 
 

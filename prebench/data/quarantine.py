@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image, ImageFile, ImageOps
 
 from prebench.errors import DataError
-from prebench.images import marker, require_size
+from prebench.images import marker, require_size, to_rgb
 
 POOL_ROWS = 2000
 """Fewer rows are decoded in this process: starting others takes longer."""
@@ -67,7 +67,7 @@ def why_unreadable(picture: Mapping[str, Any]) -> str | None:
             image.load()
             if image.getexif().get(ORIENTATION) is not None:
                 image = ImageOps.exif_transpose(image)
-            image.convert("RGB")
+            to_rgb(image)
     except Exception as error:  # noqa: BLE001  (a damaged file can raise anything in a decoder)
         text = re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
         return f"{type(error).__name__}: {text} ({len(content)} bytes)"

@@ -76,8 +76,8 @@ class TaskSource:
         folder = mirror / self.dataset_path
         if not folder.is_dir():
             raise EvaluationError(
-                f"task {self.task!r}: no data set {self.dataset_path} in the mirror {mirror}; `prebench evaluate` writes "
-                "embedded data there, `prebench mirror` fetches real ones"
+                f"task {self.task!r}: no data set {self.dataset_path} in the mirror {mirror}; `prebench evaluate` "
+                "writes embedded data, `prebench mirror` fetches real ones"
             )
         return folder
 
