@@ -44,6 +44,8 @@ class Correlation:
     spearman: float | None = None
     p: float | None = None
     """Two-sided permutation p of the Pearson correlation."""
+    without_one: Interval | None = None
+    """Smallest and largest Pearson correlation with one of the models left out."""
     note: str = ""
 
 
@@ -253,54 +255,101 @@ def minimum_detectable_difference(
 
 
 def correlation(
-    x: Sequence[float] | Floats, y: Sequence[float] | Floats, n_resamples: int = 9999, seed: int = 0
+    x: Sequence[float] | Floats,
+    y: Sequence[float] | Floats,
+    blocks: Sequence[Hashable] | None = None,
+    n_resamples: int = 9999,
+    seed: int = 0,
 ) -> Correlation:
-    """Return Pearson's r with Fisher's interval, Spearman's rho and a permutation p, over trained models.
+    """Return Pearson's r with Fisher's interval, Spearman's rho, a permutation p and r without each model in turn.
 
-    Interval: tanh(atanh(r) -/+ 1.96 / sqrt(n - 3)). p: the share of the orders of y with |r| >= the observed one, all
-    n! of them up to n = 7, else (1 + hits) / (1 + n_resamples).
+    Models of one block (seed) share its baseline: a lucky baseline shifts all of their x and y. Where a block holds
+    several models, x and y are therefore centred in each block, blocks of one model are left out, and p permutes y
+    within blocks only.
+
+    Interval: tanh(atanh(r) -/+ 1.96 / sqrt(n - B - 2)) with B blocks (B = 1 without centring). p: the share of the
+    orders of y with |r| >= the observed one, all n! of them up to n = 7 in one block, else
+    (1 + hits) / (1 + n_resamples).
 
     Args:
         x: one value per trained model, [n].
         y: the other value of the same models, [n].
+        blocks: the seed of each model; None where no two models share a baseline.
         n_resamples: sampled orders where enumeration is out of reach.
         seed: of this call's own generator.
 
     Returns:
-        Values of None and a note where n < 5 ("n too small") or one side is constant.
+        Values of None and a note where fewer than 5 models are left over the number of blocks but one ("n too
+        small") or one side is constant.
 
     Raises:
         ValueError: lengths that differ.
     """
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} and {len(y)} values can't be paired")
-    n = len(x)
-    if n < MIN_CORRELATION_N:
+    names: list[Hashable] = list(blocks) if blocks is not None else [0] * len(x)
+    if not len(x) == len(y) == len(names):
+        raise ValueError(f"{len(x)} and {len(y)} values of {len(names)} models can't be paired")
+    if len(set(names)) == len(names):
+        names = [0] * len(names)  # each model has a baseline of its own
+    shared = [name for name in names if names.count(name) > 1]
+    kept = [index for index, name in enumerate(names) if name in shared]
+    n, n_blocks = len(kept), len(set(shared))
+    if n - n_blocks + 1 < MIN_CORRELATION_N:
         return Correlation(n, note="n too small")
-    first, second = _vector(x), _vector(y)
+    groups = [np.array([i for i, k in enumerate(kept) if names[k] == name]) for name in dict.fromkeys(shared)]
+    first, second = (_centred(_vector(np.asarray(side, np.float64)[kept]), groups) for side in (x, y))
     if _no_spread(first) or _no_spread(second):
         return Correlation(n, note="one side is constant")
-    pearson = float(np.clip(stats.pearsonr(first, second).statistic, -1.0, 1.0))
-    spearman = float(stats.spearmanr(first, second).statistic)
-    return Correlation(n, pearson, _fisher(pearson, n), spearman, _order_p(first, second, n_resamples, seed))
+    pearson = _pearson(first, second)
+    without = [r for i in range(n) if not math.isnan(r := _without(first, second, groups, i))]
+    return Correlation(
+        n,
+        pearson,
+        _fisher(pearson, n - n_blocks - 2),
+        float(stats.spearmanr(first, second).statistic),
+        _order_p(first, second, groups, n_resamples, seed),
+        Interval(min(without), max(without)) if without else None,
+    )
 
 
-def _fisher(pearson: float, n: int) -> Interval:
+def _centred(vector: Floats, groups: Sequence[npt.NDArray[np.int_]]) -> Floats:
+    centred = vector.copy()
+    for group in groups:
+        centred[group] -= vector[group].mean()
+    return centred
+
+
+def _without(x: Floats, y: Floats, groups: Sequence[npt.NDArray[np.int_]], left_out: int) -> float:
+    rest = [group[group != left_out] for group in groups]
+    kept = np.concatenate([group for group in rest if group.size > 1 or len(groups) == 1])
+    return _pearson(*(_centred(side, [group for group in rest if group.size])[kept] for side in (x, y)))
+
+
+def _pearson(x: Floats, y: Floats) -> float:
+    if _no_spread(x) or _no_spread(y):
+        return math.nan
+    return float(np.clip(stats.pearsonr(x, y).statistic, -1.0, 1.0))
+
+
+def _fisher(pearson: float, degrees_of_freedom: int) -> Interval:
     if abs(pearson) >= 1:
         return Interval(pearson, pearson)
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) / math.sqrt(n - 3)
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) / math.sqrt(degrees_of_freedom)
     centre = math.atanh(pearson)
     return Interval(math.tanh(centre - half), math.tanh(centre + half))
 
 
-def _order_p(x: Floats, y: Floats, n_resamples: int, seed: int) -> float:
-    """Return the permutation p of |r|; r is a monotone function of the centred dot product."""
-    left, right = x - x.mean(), y - y.mean()
+def _order_p(left: Floats, right: Floats, groups: Sequence[npt.NDArray[np.int_]], n_resamples: int, seed: int) -> float:
+    """Return the permutation p of |r|, orders within groups alone; both sides are centred in each group.
+
+    Such orders keep both sides' sums of squares, so that |r| grows with the absolute dot product.
+    """
     threshold = abs(left @ right) * (1 - 1e-9)
-    if x.size <= _EXACT_ORDERS:
-        orders = np.array(list(itertools.permutations(range(x.size))))
+    if len(groups) == 1 and left.size <= _EXACT_ORDERS:
+        orders = np.array(list(itertools.permutations(range(left.size))))
         return float(np.mean(np.abs(right[orders] @ left) >= threshold))
     generator = np.random.default_rng(seed)
-    orders = generator.permuted(np.tile(right, (n_resamples, 1)), axis=1)
-    hits = int(np.count_nonzero(np.abs(orders @ left) >= threshold))
+    dots = np.zeros(n_resamples)
+    for group in groups:
+        dots += generator.permuted(np.tile(right[group], (n_resamples, 1)), axis=1) @ left[group]
+    hits = int(np.count_nonzero(np.abs(dots) >= threshold))
     return (1 + hits) / (1 + n_resamples)

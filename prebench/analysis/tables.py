@@ -31,6 +31,9 @@ VERDICT_FILE = "verdict.txt"
 PATCH_METRICS = ("cohesion", "coupling", "contrast_ratio", "centred_difference", "auc")
 GENERATED_NOTE = "(generated): data made by a generator in the benchmark's format, not the benchmark."
 
+Made = tuple[pd.DataFrame, pd.DataFrame, str]
+"""A table: its numbers (fractions), row by row the text to print (per cent), and the caption."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -50,7 +53,28 @@ def write_tables(study: Study) -> list[Path]:
     """
     paths = [study.folder / "scores.csv"]
     write_text(paths[0], to_csv(scores_frame(study)))
-    makers: dict[str, Callable[[Study], tuple[pd.DataFrame, pd.DataFrame, str]]] = {
+    curves = learning_curves.curves(study)
+    for name, made in make_tables(study, curves).items():
+        paths += _write(study, name, made)
+    if not curves.empty:
+        paths.append(study.folder / "tables" / "learning_curves.csv")
+        write_text(paths[-1], to_csv(curves))
+    paths.append(study.folder / "tables" / VERDICT_FILE)
+    write_text(paths[-1], "".join(f"{line}\n" for line in verdict.sentences(study, curves)))
+    return paths
+
+
+def make_tables(study: Study, curves: pd.DataFrame) -> dict[str, Made]:
+    """Return every table of a study by the name of its files.
+
+    Args:
+        study: the study.
+        curves: its learning curves; empty where training was not validated.
+
+    Raises:
+        StoreError: a record is damaged.
+    """
+    makers: dict[str, Callable[[Study], Made]] = {
         "main": _main,
         "question_types": question_types.table,
         "seeds": seeds.table,
@@ -58,19 +82,13 @@ def write_tables(study: Study) -> list[Path]:
         "degradation": _degradation,
         "correlation": _correlation,
     }
-    for name, make in makers.items():
-        paths += _write(study, name, make(study))
-    curves = learning_curves.curves(study)
+    made = {name: make(study) for name, make in makers.items()}
     if not curves.empty:
-        paths.append(study.folder / "tables" / "learning_curves.csv")
-        write_text(paths[-1], to_csv(curves))
-        paths += _write(study, "matched", learning_curves.matched_table(study, curves))
-    paths.append(study.folder / "tables" / VERDICT_FILE)
-    write_text(paths[-1], "".join(f"{line}\n" for line in verdict.sentences(study, curves)))
-    return paths
+        made["matched"] = learning_curves.matched_table(study, curves)
+    return made
 
 
-def _write(study: Study, name: str, made: tuple[pd.DataFrame, pd.DataFrame, str]) -> list[Path]:
+def _write(study: Study, name: str, made: Made) -> list[Path]:
     numbers, printed, caption = made
     csv, tex = (study.folder / "tables" / f"{name}.{end}" for end in ("csv", "tex"))
     write_text(csv, to_csv(numbers))
@@ -308,27 +326,34 @@ def trained_models(study: Study, task: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["variant", "seed", "reduction", "gain"])
 
 
+_CORRELATION = ["task", "label", "n_models", "r", "low", "high", "rho", "p", "without_low", "without_high", "note"]
+
+
 def _correlation(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """One row per task: does a model that degrades less answer better? The trained model is the unit."""
     numbers, printed = [], []
     for task in study.tasks:
         points = trained_models(study, task.task)
         seed = derive_seed("correlation", task.task) % 2**32
-        found = statistics.correlation(points["reduction"].to_numpy(), points["gain"].to_numpy(), seed=seed)
+        reductions, gains = points["reduction"].to_numpy(), points["gain"].to_numpy()
+        found = statistics.correlation(reductions, gains, blocks=points["seed"].tolist(), seed=seed)
         bounds = (found.interval.low, found.interval.high) if found.interval else (None, None)
-        row = (found.n, found.pearson, *bounds, found.spearman, found.p, found.note)
+        without = (found.without_one.low, found.without_one.high) if found.without_one else (None, None)
+        row = (found.n, found.pearson, *bounds, found.spearman, found.p, *without, found.note)
         numbers.append((task.task, marked(task.label, task.data_source), *row))
         shown = f"[{_real(bounds[0])}, {_real(bounds[1])}]" if found.interval else NOT_DEFINED
-        cells = (_real(found.pearson), shown, _real(found.spearman), p_value(found.p), found.note)
+        range_without = f"{_real(without[0])} to {_real(without[1])}" if found.without_one else NOT_DEFINED
+        cells = (_real(found.pearson), shown, _real(found.spearman), p_value(found.p), range_without, found.note)
         printed.append((marked(task.label, task.data_source), str(found.n), *cells))
     caption = (
         f"Study {study.name}: correlation of degradation reduction with gain over n trained models other than the "
-        f"baseline, each against the baseline of its seed; p by permutation; no statement below "
-        f"{statistics.MIN_CORRELATION_N} models. Models that share a baseline are not independent, and a regularizer "
-        f"optimises what lies next to the probe: this is no mediation analysis. {_generated_note(study)}"
+        f"baseline, each against the baseline of its seed, and centred over the models of a seed where there are "
+        f"several, for they share that baseline; p by permutation within seeds; no statement below "
+        f"{statistics.MIN_CORRELATION_N} models. A regularizer optimises what lies next to the probe: this is no "
+        f"mediation analysis. {_generated_note(study)}"
     )
     return (
-        pd.DataFrame(numbers, columns=["task", "label", "n_models", "r", "low", "high", "rho", "p", "note"]),
-        pd.DataFrame(printed, columns=["Task", "n", "r", "95% interval", "ρ", "p", "Note"]),
+        pd.DataFrame(numbers, columns=_CORRELATION),
+        pd.DataFrame(printed, columns=["Task", "n", "r", "95% interval", "ρ", "p", "One left out", "Note"]),
         caption.strip(),
     )

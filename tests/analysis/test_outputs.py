@@ -22,7 +22,7 @@ from prebench.analysis.tables import trained_models, write_tables
 from prebench.errors import ComparisonError
 from prebench.store import read_jsonl
 
-from .conftest import StudyMaker, random_scores, write_curve, write_run
+from .conftest import LAYERS, StudyMaker, random_scores, write_curve, write_probe, write_run
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -236,13 +236,18 @@ def test_correlation_counts_trained_models(make_study: StudyMaker) -> None:
     table = pd.read_csv(few / "tables" / "correlation.csv")
     assert table["n_models"].tolist() == [3, 3]
     assert table["note"].tolist() == ["n too small"] * 2 and table["r"].isna().all()
-    many = make_study({"baseline": 0.5, "pre": 0.6, "pre_x": 0.7}, name="many")
+    many = make_study({"baseline": 0.5, "pre": 0.6, "pre_x": 0.7, "pre_y": 0.8}, name="many")
+    for seed in (0, 1, 2):
+        write_probe(many / "runs" / f"pre_x-s{seed}", [0.8 - 0.02 * seed] * (LAYERS + 1))
+        write_probe(many / "runs" / f"pre_y-s{seed}", [0.7 + 0.01 * seed] * (LAYERS + 1))
     write_tables(load_study(many))
     points = trained_models(load_study(many), "gqa")
-    assert points["variant"].unique().tolist() == ["pre", "pre_x"] and len(points) == 6
+    assert points["variant"].unique().tolist() == ["pre", "pre_x", "pre_y"] and len(points) == 9
     row = pd.read_csv(many / "tables" / "correlation.csv").iloc[0]
-    assert row["r"] == pytest.approx(np.corrcoef(points["reduction"], points["gain"])[0, 1], abs=1e-6)
+    centred = points[["reduction", "gain"]] - points.groupby("seed")[["reduction", "gain"]].transform("mean")
+    assert row["r"] == pytest.approx(np.corrcoef(centred["reduction"], centred["gain"])[0, 1], abs=1e-6)
     assert row["low"] < row["r"] < row["high"] and 0 < row["p"] <= 1
+    assert row["without_low"] <= row["r"] <= row["without_high"]
 
 
 def test_repetition_gives_equal_bytes(make_study: StudyMaker) -> None:

@@ -243,3 +243,48 @@ def test_correlation_is_symmetric_and_scale_free(points: list[tuple[float, float
     assert right.pearson == pytest.approx(-left.pearson, abs=1e-9)
     assert right.p == pytest.approx(left.p)
     assert 0 < left.p <= 1
+
+
+def _shared_baselines(generator: np.random.Generator, seeds: int, variants: int, effect: float = 0.0):
+    """Return reductions and gains of independent models against the baseline of their seed, and the seeds."""
+    kept = generator.normal(size=(seeds, variants + 1))
+    score = effect * kept + generator.normal(size=kept.shape)
+    x, y = (side[:, 1:] - side[:, :1] for side in (kept, score))
+    return x.ravel(), y.ravel(), np.repeat(np.arange(seeds), variants).tolist()
+
+
+def test_models_that_share_a_baseline_do_not_correlate_by_it() -> None:
+    generator = np.random.default_rng(0)
+    naive = blocked = 0
+    for _ in range(400):
+        x, y, seeds = _shared_baselines(generator, 5, 4)
+        naive += stats.pearsonr(x, y).pvalue < 0.05
+        p = statistics.correlation(x, y, seeds, n_resamples=199).p
+        assert p is not None
+        blocked += p < 0.05
+    assert naive / 400 > 0.09 and blocked / 400 < 0.08
+
+
+def test_correlation_within_blocks_is_the_partial_one() -> None:
+    x, y, seeds = _shared_baselines(np.random.default_rng(3), 4, 3, effect=1.0)
+    found = statistics.correlation([*x, 9.0], [*y, -9.0], [*seeds, 77])  # a seed of one model says nothing
+    dummies = (np.array(seeds)[:, None] == np.unique(seeds)).astype(float)
+    left, right = (side - dummies @ np.linalg.lstsq(dummies, side, rcond=None)[0] for side in (x, y))
+    assert found.n == 12
+    assert found.pearson == pytest.approx(np.corrcoef(left, right)[0, 1])
+    assert found.interval is not None and found.without_one is not None
+    half = 1.959964 / np.sqrt(12 - 4 - 2)
+    assert found.interval.high == pytest.approx(np.tanh(np.arctanh(found.pearson) + half))
+    assert found.without_one.low <= found.pearson <= found.without_one.high
+    assert statistics.correlation(x[:6], y[:6], seeds[:6]).n == 6
+    assert statistics.correlation(x[:4], y[:4], [0, 0, 1, 1]).note == "n too small"
+
+
+def test_one_extreme_model_shows_when_it_is_left_out() -> None:
+    generator = np.random.default_rng(1)
+    x, y = generator.normal(size=(2, 8))
+    x[0] = y[0] = 30.0
+    found = statistics.correlation(x, y)
+    assert found.pearson is not None and found.pearson > 0.95
+    assert found.without_one is not None
+    assert found.without_one.low == pytest.approx(np.corrcoef(x[1:], y[1:])[0, 1])
