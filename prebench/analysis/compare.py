@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from prebench.analysis import degradation, statistics
-from prebench.analysis.join import Study, paired_samples
+from prebench.analysis.join import PairedSamples, Study, paired_samples
 from prebench.analysis.render import render
 from prebench.errors import ComparisonError
 from prebench.runtime import derive_seed
@@ -141,7 +141,20 @@ def compare(study: Study, a: str, b: str) -> Comparison:
 
 
 def _compare_task(study: Study, task: TaskConfig, a: str, b: str) -> TaskComparison:
-    pairs = paired_samples(study, task.task, a, b)
+    return compare_pairs(task, paired_samples(study, task.task, a, b), *references(study, task.task))
+
+
+def compare_pairs(
+    task: TaskConfig, pairs: PairedSamples, majority: float | None = None, blind: float | None = None
+) -> TaskComparison:
+    """Compare paired documents of one task; `p_holm` and `verdict` are left to `compare`, which knows all tasks.
+
+    Args:
+        task: whose documents they are.
+        pairs: both variants' scores per seed and document.
+        majority: the task's score of the most frequent answer, to be shown beside.
+        blind: its score without pictures, likewise.
+    """
     frame = pairs.frame.assign(difference=pairs.frame["score_b"] - pairs.frame["score_a"])
     by_seed = frame.groupby("seed")["difference"].mean().to_numpy()
     documents = frame.groupby("doc_id").agg(difference=("difference", "mean"), image_id=("image_id", "first"))
@@ -162,7 +175,6 @@ def _compare_task(study: Study, task: TaskConfig, a: str, b: str) -> TaskCompari
         interval, estimand, p = statistics.t_interval(by_seed), ESTIMAND_PROCEDURE, statistics.t_p(by_seed)
         error = float(np.std(by_seed, ddof=1)) / math.sqrt(n_seeds)
         mdd = statistics.minimum_detectable_difference(error, n_seeds - 1) if interval else None
-    majority, blind = references(study, task.task)
     return TaskComparison(
         task=task.task,
         label=task.label,
