@@ -4,6 +4,11 @@ With L decoder layers, layer 0 is the input of decoder layer 0 (the projector's 
 arXiv 2603.20808), layer l < L the input of decoder layer l, and layer L the last block's output *before* the final norm
 (transformers' `hidden_states[L]` is after it). All are read by forward pre-hooks, so they are the very tensors of
 the graph, also under activation checkpointing.
+
+The decoder is the one that transformers' `get_decoder()` finds, the visual positions are those of the config's
+`image_token_id`. Line breaks that LLaVA-NeXT puts between rows of patches stand at such positions, too, but are one
+learned vector (`image_newline`): they are recognised by it at layer 0 and left out. What else differs between
+architectures is in `prebench.model.architectures`.
 """
 
 from __future__ import annotations
@@ -25,15 +30,19 @@ def language_model(model: nn.Module) -> nn.Module:
     """Return the decoder stack (embeddings, layers, final norm) of a multimodal model.
 
     Raises:
-        ModelError: the model does not follow transformers' layout.
+        ModelError: transformers' `get_decoder()` finds no `layers` with a final `norm`.
     """
-    inner = getattr(model, "model", model)
-    decoder = getattr(inner, "language_model", None)
-    if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
+    decoder: Any = model
+    while not isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "get_decoder"):
+        if (inner := decoder.get_decoder()) is decoder:
+            break
+        decoder = inner
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "norm"):
         raise ModelError(
-            f"{type(model).__name__}: no decoder layers found at model.language_model.layers with a final norm; "
-            "prebench reads models that follow transformers' LLaVA layout"
+            f"{type(model).__name__}: no decoder layers found; prebench needs a model whose get_decoder() returns a "
+            "module with `layers` (a ModuleList) and a final `norm`, as transformers' LLaVA, Qwen-VL or Gemma 3 have"
         )
+    assert isinstance(decoder, nn.Module)
     return decoder
 
 
@@ -57,27 +66,38 @@ def resolve_layer(layer: str | int, depth: int) -> int:
 
 
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return the boolean mask of the visual tokens, [B, T], from the model's `image_token_id`.
+    """Return the mask of the positions that image features fill, [B, T] bool, from the model's `image_token_id`.
+
+    These are the visual tokens, and the line breaks between them where the model has some (`VisualStates.mask_BT`).
 
     Raises:
         ModelError: the model's config names no image token.
     """
-    config: Any = model.config
-    token = getattr(config, "image_token_id", None)
+    token = getattr(getattr(model, "config", None), "image_token_id", None)
     if token is None:
-        raise ModelError(f"{type(model).__name__}: the config has no image_token_id")
+        raise ModelError(
+            f"{type(model).__name__}: the config has no image_token_id; prebench finds visual tokens by the id of the "
+            "placeholder that image features replace: name it in config.json"
+        )
     return input_ids == token
 
 
 class VisualStates:
-    """Hidden states of one forward pass at the asked layers."""
+    """Hidden states of one forward pass at the asked layers.
 
-    def __init__(self, mask_BT: Tensor) -> None:
+    `mask_BT`, [B, T] bool, tells the visual tokens; line breaks between them are left out once layer 0 was reached.
+    """
+
+    def __init__(self, mask_BT: Tensor, newline_D: Tensor | None = None) -> None:
         self.mask_BT = mask_BT
+        self._newline_D = newline_D
         self._hidden: dict[int, Tensor] = {}
 
     def record(self, layer: int, hidden_BTD: Tensor) -> None:
         """Keep the first tensor seen at a layer (a checkpointed block is entered again in the backward pass)."""
+        if layer == 0 and layer not in self._hidden and self._newline_D is not None:
+            newline = self._newline_D.detach().to(hidden_BTD)
+            self.mask_BT = self.mask_BT & (hidden_BTD != newline).any(dim=-1)
         self._hidden.setdefault(layer, hidden_BTD)
 
     def at(self, layer: int) -> Tensor:
@@ -101,9 +121,10 @@ def capture(model: nn.Module, input_ids: Tensor, layers: Iterable[int]) -> Itera
     decoder = language_model(model)
     blocks = decoder.layers
     assert isinstance(blocks, nn.ModuleList) and isinstance(decoder.norm, nn.Module)
-    states = VisualStates(visual_mask(model, input_ids))
+    newline: Any = getattr(getattr(model, "base_model", model), "image_newline", None)
+    states = VisualStates(visual_mask(model, input_ids), newline)
     handles = []
-    for layer in sorted(set(layers)):
+    for layer in sorted({*layers, *(() if newline is None else (0,))}):
         module = blocks[layer] if layer < len(blocks) else decoder.norm
         handles.append(module.register_forward_pre_hook(_recorder(states, layer), with_kwargs=True))
     try:
