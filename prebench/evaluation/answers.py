@@ -64,8 +64,8 @@ def decided_by(engine: Engine, weights: str) -> dict[str, Any]:
 class AnswerLog:
     """The log of one model and task, open for one evaluation; use it as a context manager.
 
-    An answer may be in it twice, where two processes computed it at once; the first stands. Errors are not kept: what
-    failed is tried again.
+    An answer may be in it twice, where two processes computed it at once; the first stands. Not kept are errors, which
+    are tried again, and answers that the model's context cut off: a text alone does not say so.
     """
 
     def __init__(self, path: Path, basis: Mapping[str, Any]) -> None:
@@ -110,13 +110,13 @@ class AnswerLog:
         return text
 
     def add(self, answer: Answer) -> None:
-        """Append an answer at once, unless it is an error or in the log already.
+        """Append an answer at once, unless it is an error, cut off, or in the log already.
 
         Raises:
             StoreError: the file can't be written.
         """
         key = self._asked.pop(answer.key, None)
-        if key is None or answer.text is None or key in self._texts:
+        if key is None or answer.text is None or answer.truncated or key in self._texts:
             return
         self._append(key, answer.text)
         self._texts[key] = answer.text

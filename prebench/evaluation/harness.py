@@ -171,7 +171,8 @@ def evaluate_task(
     instances = loaded.instances()
     with _open_log(engine, loaded, request, hashes) as log:
         if log is not None and log.damaged:
-            send({"say": f"{log.path}: {log.damaged} damaged or unfinished lines are ignored and computed again"})
+            lines = "line" if log.damaged == 1 else "lines"
+            send({"say": f"{log.path}: {log.damaged} damaged or unfinished {lines} ignored and computed again"})
         answers = _answers(engine, loaded, instances, title, send, log)
     texts = {doc_id: answer.text for doc_id, answer in answers.items() if answer.text is not None}
     results = loaded.results(instances, texts)

@@ -136,6 +136,7 @@ def test_other_weights_data_or_settings_are_pending_again(evaluated, tiny_export
     assert names(_request(tiny_export, evaluated), other) == {"prebench_easy_vqa"}
     relabelled = (TASKS[0].model_copy(update={"label": "x"}), TASKS[1])
     assert names(_request(tiny_export, evaluated, tasks=relabelled), mirror) == {"gqa"}
+    assert names(_request(tiny_export, evaluated, references={"gqa": {"majority": 0.6}}), mirror) == {"gqa"}
 
 
 def _broken_mirror(mirror: Path, folder: Path) -> Path:
@@ -151,10 +152,14 @@ def _broken_mirror(mirror: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_broken_documents_are_recorded_as_errors(tiny_export, mirror, tmp_path) -> None:
+def test_broken_documents_are_recorded_as_errors_and_tried_again_where_there_is_no_result(
+    evaluated, tiny_export, mirror, tmp_path, capsys
+) -> None:
     request = _request(tiny_export, tmp_path, probe=None, max_error_share=0.1, tasks=TASKS[1:])
-    request = request.model_copy(update={"runs": request.runs[:1]})
-    run_in_subprocesses(request, _broken_mirror(mirror, tmp_path), tmp_path / "cache")
+    request = request.model_copy(update={"runs": request.runs[:1], "answers": tmp_path / "answers"})
+    broken = _broken_mirror(mirror, tmp_path)
+    run_in_subprocesses(request, broken, tmp_path / "cache")
+    assert "pre-s0 prebench_easy_vqa: 22 documents scored, 2 failed (document 5: " in capsys.readouterr().err
     evaluation = tmp_path / "pre-s0" / "eval"
     record = read_record(evaluation / "prebench_easy_vqa.json", TaskRecord)
     samples = [SampleRecord(**s) for s in read_jsonl(evaluation / "prebench_easy_vqa.samples.jsonl")]
@@ -162,6 +167,20 @@ def test_broken_documents_are_recorded_as_errors(tiny_export, mirror, tmp_path) 
     assert [s.doc_id for s in samples if s.error] == [5, 17]
     assert all((s.score is None) == (s.error is not None) == (s.response is None) for s in samples)
     assert record.score == pytest.approx(record.metrics["exact_match"])
+
+    # Few failures are part of a result, which stands; where fewer are allowed there is none.
+    assert not plan(request, broken).items
+    assert len(plan(request.model_copy(update={"max_error_share": 0.05}), broken).items) == 1
+    # With the images mended, the log gives the answers to all others, but for the one that somebody edited.
+    (path,) = (tmp_path / "answers").rglob("prebench_easy_vqa.jsonl")
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:3], lines[3].replace('"text": "', '"text": "un'), *lines[4:]]))
+    run_in_subprocesses(request, mirror, tmp_path / "cache")
+    shown = capsys.readouterr().err
+    assert f"{path}: 1 damaged or unfinished line ignored and computed again" in shown
+    assert "pre-s0 prebench_easy_vqa: 21 of 24 answers were in the answer log\n" in shown
+    name = "pre-s0/eval/prebench_easy_vqa.samples.jsonl"
+    assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 @pytest.mark.slow
