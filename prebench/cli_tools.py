@@ -151,7 +151,8 @@ def _list_downloads(tasks: Sequence[HubTask], names: Sequence[str], pins: dict[s
     downloads = plan_downloads(Hub(), tasks, pins)
     for download in downloads:
         where = f"{download.listing.repo}@{download.listing.commit}"
-        click.echo(f"{download.task.task}: {where}, {len(download.names)} files, {download.size:,} bytes")
+        number = len(download.names)
+        click.echo(f"{download.task.task}: {where}, {number} file{'s' * (number > 1)}, {download.size:,} bytes")
         for name in download.names:
             click.echo(f"  {download.listing.files[name].size:>14,}  {name}")
     for name in names:

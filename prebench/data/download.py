@@ -233,6 +233,8 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def _fetch_all(hub: Hub, folder: Path, manifest: dict[str, Any], downloads: Sequence[Download]) -> None:
+    from pyarrow import ArrowInvalid
+
     total = sum(_missing(folder, download) for download in downloads)
     _require_room(folder, total)
     done = 0
@@ -245,8 +247,11 @@ def _fetch_all(hub: Hub, folder: Path, manifest: dict[str, Any], downloads: Sequ
                 line.update(_megabytes(done), task)
 
             files = _fetch_files(hub, folder, manifest, download, report)
-            unreadable = _replace_unreadable(folder, manifest, download, files)
-            _enter(folder, manifest, download, files, unreadable)
+            try:
+                unreadable = _replace_unreadable(folder, manifest, download, files)
+                _enter(folder, manifest, download, files, unreadable)
+            except ArrowInvalid as error:
+                raise DataError(f"data set {download.task.repo}: a Parquet file can't be read ({error})") from error
 
 
 def _megabytes(size: int) -> int:

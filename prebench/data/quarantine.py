@@ -134,6 +134,7 @@ def _check(part: tuple[Path, int, dict[str, bool], bool]) -> list[Unreadable]:
     path, group, columns, required = part
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     file = pq.ParquetFile(path)
+    columns = {name: is_list for name, is_list in columns.items() if name in file.schema_arrow.names}
     row = sum(file.metadata.row_group(number).num_rows for number in range(group))
     known: dict[str, str | None] = {}
     found = []
