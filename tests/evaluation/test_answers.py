@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prebench.errors import StoreError
@@ -45,6 +47,7 @@ def answers(path: Path, count: int, basis: dict | None = None) -> list[str | Non
 # --- the file ------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=40)
 @given(texts=TEXTS, more=TEXTS, data=st.data())
 @example(texts=["\n", "\u2028", "\x00", "\ud800"], more=['"}'], data=None)
 def test_a_file_cut_anywhere_keeps_its_whole_lines_and_those_appended_later(
@@ -126,6 +129,27 @@ def test_a_log_that_takes_no_answers_is_one_clear_error(tmp_path: Path) -> None:
     log.known(request(0), prompt(0))
     with pytest.raises(StoreError, match=r"logs/w0/gqa\.jsonl: can't be written .* the answers so far are kept"):
         log.add(Answer(0, "red", None, "prompt-0", "i"))
+
+
+def _append_to_a_full_disk(path: Path, room: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room,) * 2)
+    with pytest.raises(StoreError, match="can't be written"):
+        write(path, ["blue"], 1)
+
+
+@pytest.mark.parametrize("room", [0, 60])
+def test_a_disk_that_fills_up_loses_nothing_but_the_line_that_did_not_fit(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "task.jsonl"
+    write(path, ["red"])
+    size = path.stat().st_size
+    process = multiprocessing.get_context("fork").Process(target=_append_to_a_full_disk, args=(path, room))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and path.stat().st_size == size + room
+    assert answers(path, 2) == ["red", None]
+    write(path, ["green"], 2)
+    assert answers(path, 3) == ["red", None, "green"]
 
 
 # --- the key -------------------------------------------------------------------------------------------------
