@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import random
 import socket
 import statistics
@@ -13,15 +14,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from prebench.config import load_suite
+from prebench.analysis.compare import compare
+from prebench.analysis.join import load_study
+from prebench.analysis.plots import write_figures
+from prebench.analysis.render import render
+from prebench.analysis.tables import write_tables
+from prebench.config import dump_yaml, load_suite
 from prebench.errors import EvaluationError
 from prebench.evaluation.protocols import PAPER, PROTOCOLS, UPSTREAM
 from prebench.evaluation.request import EvaluationRequest, RunRequest, find_task
 from prebench.records import SampleRecord, TaskRecord
 from prebench.schema import TaskConfig
-from prebench.store import read_jsonl
+from prebench.store import read_jsonl, write_text
+from tests.analysis.conftest import study_config
 from tests.evaluation.paper_mirror import CLUSTERS, REPLIES, UNPARSED, write_paper_mirror
 from tests.evaluation.test_circular import Replies
 
@@ -40,6 +48,14 @@ def test_the_suite_names_the_declared_benchmarks() -> None:
 
 def test_the_protocols_were_seen_with_the_installed_version() -> None:
     assert importlib.metadata.version("lmms_eval") == UPSTREAM, "hold the protocols against the new version"
+
+
+def test_the_page_on_benchmarks_shows_the_protocols() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("benchmarks", docs / "benchmarks.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.block() in (docs / "benchmarks.md").read_text(encoding="utf-8"), "run `python docs/benchmarks.py`"
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +80,12 @@ def load(tmp_path_factory: pytest.TempPathFactory):
 
 
 def evaluate(
-    loaded: Any, engine: Any, folder: Path, config: TaskConfig | None = None
+    loaded: Any, engine: Any, folder: Path, config: TaskConfig | None = None, variant: str = "pre", seed: int = 0
 ) -> tuple[TaskRecord, list[SampleRecord]]:
     from prebench.evaluation.harness import evaluate_task
 
     config = config or CONFIGS[loaded.name]
-    run = RunRequest(variant="pre", seed=0, model_dir=folder, run_dir=folder / "pre-s0")
+    run = RunRequest(variant=variant, seed=seed, model_dir=folder, run_dir=folder / f"{variant}-s{seed}")
     request = EvaluationRequest(runs=(run,), tasks=(config,), max_error_share=1.0)
     record = evaluate_task(engine, loaded, run, config, request, {}, lambda *_: None)
     path = run.run_dir / "eval" / f"{loaded.name}.samples.jsonl"
@@ -269,6 +285,39 @@ def test_a_failed_document_shifts_no_answer_in_a_filter(load, tmp_path: Path) ->
     texts = [text for text, _ in REPLIES["ai2d"]]
     record, samples = evaluate(loaded, replying(loaded, [None, *texts[1:]]), tmp_path)
     assert [sample.score for sample in samples] == [None, 1.0, 0.0, 1.0, 0.0] and record.n_errors == 1
+
+
+def test_a_pair_of_one_document_is_an_error() -> None:
+    from prebench.evaluation.scores import document_scores
+
+    results = {d: {"mmvp_pair_accuracy": {"is_correct": True}} for d in range(3)}
+    scores = document_scores("mmvp", "mmvp_pair_accuracy", ["0", "0", "1"], results)
+    assert scores == {0: 1.0, 1: 1.0, 2: "the question is incomplete in the data set"}
+
+
+@pytest.mark.slow
+def test_tables_and_comparison_take_every_benchmark(load, tmp_path: Path) -> None:
+    """The baseline answers nothing, the variant what `REPLIES` says (its seeds differ in one answer)."""
+    suite = load_suite("paper").model_copy(update={"probe": None})
+    config = study_config(["baseline", "pre"], [0, 1, 2], probe=False).model_copy(update={"suite": suite})
+    write_text(tmp_path / "study.yaml", dump_yaml(config))
+    for name in PAPER:
+        right = [text for text, _ in REPLIES[name]]
+        for seed in config.seeds:
+            for variant, texts in (("baseline", ["zzz"] * len(right)), ("pre", [*right[: len(right) - seed], *"zz"])):
+                evaluate(load(name), replying(load(name), texts), tmp_path / "runs", None, variant, seed)
+    study = load_study(tmp_path)
+    assert all(path.is_file() for path in [*write_tables(study), *write_figures(study)])
+    main = pd.read_csv(tmp_path / "tables" / "main.csv").set_index("variant")
+    assert [name for name in main.columns if not name.endswith(" ±")][2:] == [task.label for task in suite.tasks]
+    found = compare(study, "baseline", "pre")
+    assert [row.task for row in found.tasks] == list(PAPER)
+    counted = {row.task: (row.n_documents, row.n_images) for row in found.tasks}
+    assert counted["mmbench_en_dev_static"] == (3, 2) and counted["mmvp"] == (4, 4) and counted["pope"] == (6, 2)
+    for row in found.tasks:
+        assert row.score_a == 0 and row.difference == pytest.approx(main.loc["pre", row.label], abs=1e-6)
+    for form in ("text", "csv", "latex", "json"):
+        assert "MMVP" in render(found, form) and "generated" not in render(found, form)
 
 
 @pytest.mark.parametrize("task", ["mmbench_en_dev", "mmmu_val_reasoning", "ai2d_reasoning"])
