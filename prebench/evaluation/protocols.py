@@ -16,6 +16,10 @@ from prebench.evaluation import readers
 UPSTREAM = "0.7.3"
 """The version of lmms-eval that the protocols were seen with."""
 
+SCORING = 2
+"""Raised with every change of what the same answers score or of what counts: results made before are computed again,
+from the answer log where it has them."""
+
 MMBENCH = "mmbench_en_dev_static"
 CIRCULAR_STRIDE = 1_000_000
 """MMBench's CircularEval: rows whose index agrees modulo this number are one question with rotated options."""

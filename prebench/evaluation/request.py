@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field
 
 from prebench.errors import EvaluationError, ModelError, StoreError
+from prebench.evaluation.protocols import SCORING
 from prebench.records import PROBE_FILE, PROBE_HASHES, TaskRecord, content_hash
 from prebench.runtime import data_dir, file_hash, versions
 from prebench.schema import ProbeConfig, StrictModel, TaskConfig
@@ -183,7 +184,7 @@ class Hashes:
         data = {str(path.relative_to(folder)): file_hash(path) for path in files}
         return {
             "data": content_hash(data),
-            "prompts": content_hash([source.definition_hash(), versions()["lmms_eval"]]),
+            "prompts": content_hash([source.definition_hash(), versions()["lmms_eval"], SCORING]),
             "config": content_hash(task_settings(self._request, source.task)),
         }
 
