@@ -20,9 +20,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from prebench.errors import EvaluationError, ModelError, PrebenchError
-from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine, GenerationRequest, greedy_settings, one_line
+from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
+from prebench.evaluation.generation import GenerationRequest, generation_settings
 from prebench.evaluation.probe_task import PROBE_DIR_VARIABLE
-from prebench.evaluation.prompts import DOCUMENT_ERRORS
+from prebench.evaluation.prompts import DOCUMENT_ERRORS, one_line
 from prebench.evaluation.scores import by_image
 from prebench.store import read_json
 
@@ -132,9 +133,8 @@ class Prebench(lmms):
 
         for index in sorted(asked, key=place):
             _, doc_to_messages, settings, doc_id, task, split = requests[index].args
-            max_new_tokens, until = greedy_settings(settings, task)
             messages = late_messages(doc_to_messages, self.task_dict[task][split], doc_id)
-            yield GenerationRequest(index, messages, max_new_tokens, until)
+            yield GenerationRequest(index, messages, *generation_settings(settings, task))
 
     @classmethod
     def _check_variant(cls, folder: Path) -> None:

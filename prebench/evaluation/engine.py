@@ -8,9 +8,7 @@ goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
-from prebench.errors import EvaluationError, ModelError
-from prebench.evaluation.decoding import greedy, run_prefixes, select_rows
-from prebench.evaluation.prompts import DOCUMENT_ERRORS, Messages, Prompt, PromptBuilder, context_length
-from prebench.runtime import choose_device, choose_dtype, prepare_cpu
+from prebench.errors import ModelError
+from prebench.evaluation.decoding import Prefixes, Row, Sampler, choose, decode, run_prefixes
+from prebench.evaluation.generation import Answer, GenerationRequest, Known, truncate
+from prebench.evaluation.prompts import Encoded, Images, PromptBuilder, context_length, one_line
+from prebench.evaluation.reading import Job, Window, read_windows
+from prebench.runtime import choose_device, choose_dtype, derive_seed, prepare_cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from prebench.probe.extract import ProbeFeatures
 
 DEFAULT_TOKEN_BUDGET = 16_384
-WINDOW = 512
-"""Requests that are looked at together for shared prefixes; bounds memory on an iterator."""
 PLANNED_NEW_TOKENS = 64
 """Most answers are far shorter than their limit: the budget plans with at most this many new tokens."""
 SUPPORTED = ("llava", "llava_next", "vipllava")
@@ -39,39 +37,6 @@ SUPPORTED = ("llava", "llava_next", "vipllava")
 UNSUPPORTED_GENERATION = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens")
 
 COMPUTE_ERRORS = (RuntimeError, ValueError, IndexError)  # torch.OutOfMemoryError is a RuntimeError
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One question. `messages` may be a function, called when the engine gets there, so that images load late."""
-
-    key: Hashable
-    messages: Messages | Callable[[], Messages]
-    max_new_tokens: int
-    until: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer; `text` is None exactly where `error` is not. Hashes are "" where the prompt could not be built."""
-
-    key: Hashable
-    text: str | None
-    error: str | None
-    prompt_hash: str
-    image_hash: str
-    truncated: bool = False
-    """The model's context ended before the answer did; the text is what fitted."""
-
-
-Known = Callable[[GenerationRequest, Prompt], str | None]
-"""Returns an answer that was computed before, or None."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    request: GenerationRequest
-    prompt: Prompt
 
 
 class Engine:
@@ -106,25 +71,16 @@ class Engine:
         )
 
     def generate(self, requests: Iterable[GenerationRequest], known: Known | None = None) -> Iterator[Answer]:
-        """Answer requests greedily; yields one answer per request, grouped by prefix, not in the order of the input.
+        """Answer requests; yields one answer per request, grouped by prefix, not in the order of the input.
 
         Args:
-            requests: an iterator is enough; it is read in windows.
-            known: asked for each built prompt before it is planned; its text is the answer, and nothing is computed.
+            requests: an iterator is enough; it is read in windows, in a thread of its own.
+            known: asked for each rendered prompt; its text is the answer, and nothing is computed for it.
         """
-        iterator = iter(requests)
-        while window := list(islice(iterator, WINDOW)):
-            jobs = []
-            for request in window:
-                built = self._build(request, known)
-                if isinstance(built, Answer):
-                    yield built
-                else:
-                    jobs.append(built)
-            del window  # the images of a window are no longer needed
-            for batch in self._plan(jobs):
-                yield from self._answer(batch)
-            self._prompts.images.trim()
+        for window in read_windows(self._prompts, requests, known):
+            yield from window.answers
+            for batch in self._plan(window):
+                yield from self._answer(batch, window.images)
 
     def extract(
         self, images: Sequence[Image.Image], masks: Sequence[np.ndarray | None], batch_size: int = 16
@@ -134,107 +90,117 @@ class Engine:
 
         return extract_features(self.model, self.processor, images, masks, batch_size=batch_size)
 
-    def _build(self, request: GenerationRequest, known: Known | None) -> _Job | Answer:
-        try:
-            messages = request.messages() if callable(request.messages) else request.messages
-            prompt = self._prompts.build(messages)
-        except DOCUMENT_ERRORS as error:
-            return Answer(request.key, None, one_line(error), "", "")
-        text = None if known is None else known(request, prompt)
-        if text is None:
-            return _Job(request, prompt)
-        return Answer(request.key, text, None, prompt.prompt_hash, prompt.image_hash)
-
-    def _plan(self, jobs: list[_Job]) -> Iterator[list[list[_Job]]]:
+    def _plan(self, window: Window) -> Iterator[list[list[Job]]]:
         """Yield lists of groups: jobs of one group share their prefix; groups of one list have equal shapes."""
-        groups: dict[Any, list[_Job]] = {}
-        for job in jobs:
-            groups.setdefault(job.prompt.prefix_key, []).append(job)
-        by_shape: dict[Any, list[list[_Job]]] = {}
+        groups: dict[Any, list[Job]] = {}
+        for job in window.jobs:
+            groups.setdefault(job.encoded.prefix_key, []).append(job)
+        by_shape: dict[Any, list[list[Job]]] = {}
         for group in groups.values():
-            prompt = group[0].prompt
-            shapes = [tuple(t.shape) for key in prompt.images for t in self._prompts.images[key].features.values()]
-            by_shape.setdefault((prompt.prefix_length, tuple(shapes)), []).append(group)
+            encoded = group[0].encoded
+            shapes = [tuple(t.shape) for image in _inputs(encoded, window.images) for t in image.values()]
+            by_shape.setdefault((encoded.prefix_length, tuple(shapes)), []).append(group)
         for (prefix_length, _), same_shape in by_shape.items():
-            at_once = max(1, self.token_budget // max(1, prefix_length))
+            batches = -(-len(same_shape) * prefix_length // self.token_budget) or 1
+            at_once = -(-len(same_shape) // min(batches, len(same_shape)))
             for start in range(0, len(same_shape), at_once):
                 yield same_shape[start : start + at_once]
 
-    def _answer(self, groups: list[list[_Job]]) -> Iterator[Answer]:
+    def _answer(self, groups: list[list[Job]], images: Images) -> Iterator[Answer]:
         """Answer groups of equal prefix length; on an error halve them, until the one that fails stands alone."""
         try:
-            cache = self._prefix_cache(groups)
+            prefixes = self._prefixes([group[0].encoded for group in groups], images)
         except COMPUTE_ERRORS as error:
             if len(groups) == 1:
                 for job in groups[0]:
                     yield _failed(job, error)
                 return
             half = len(groups) // 2
-            yield from self._answer(groups[:half])
-            yield from self._answer(groups[half:])
+            yield from self._answer(groups[:half], images)
+            yield from self._answer(groups[half:], images)
             return
-        rows = [(index, job) for index, group in enumerate(groups) for job in group]
-        rows.sort(key=lambda row: len(row[1].prompt.suffix))  # little padding; stable, so deterministic
+        jobs = [(index, job) for index, group in enumerate(groups) for job in group]
+        jobs.sort(key=lambda place: len(place[1].encoded.suffix))  # little padding; stable, so deterministic
         start = 0
-        while start < len(rows):
-            count = self._fitting(rows[start:])
-            yield from self._decode(cache, rows[start : start + count])
+        while start < len(jobs):
+            count = self._fitting([job for _, job in jobs[start:]])
+            yield from self._decode(prefixes, jobs[start : start + count])
             start += count
 
-    def _fitting(self, rows: Sequence[tuple[int, _Job]]) -> int:
-        """Return how many rows (sorted by suffix length) fit into the token budget: at least one."""
+    def _fitting(self, jobs: Sequence[Job]) -> int:
+        """Return how many jobs (sorted by suffix length) fit into the token budget: at least one."""
         count = 0
-        for _, job in rows:
-            width = len(job.prompt.ids) + min(job.request.max_new_tokens, PLANNED_NEW_TOKENS)
+        for job in jobs:
+            width = len(job.encoded.ids) + min(job.request.max_new_tokens, PLANNED_NEW_TOKENS)
             if count and (count + 1) * width > self.token_budget:
                 break
             count += 1
         return count
 
-    def _decode(self, cache: DynamicCache | None, rows: list[tuple[int, _Job]]) -> Iterator[Answer]:
-        jobs = [job for _, job in rows]
+    def _decode(self, prefixes: Prefixes | None, jobs: list[tuple[int, Job]]) -> Iterator[Answer]:
+        """Answer jobs, each with the place of its prefix; on an error halve them."""
         try:
-            tokens = self._greedy(cache, rows)
+            answers = self._continue(prefixes, jobs)
         except COMPUTE_ERRORS as error:
-            if len(rows) == 1:
-                yield _failed(jobs[0], error)
+            if len(jobs) == 1:
+                yield _failed(jobs[0][1], error)
                 return
-            half = len(rows) // 2
-            yield from self._decode(cache, rows[:half])
-            yield from self._decode(cache, rows[half:])
+            half = len(jobs) // 2
+            yield from self._decode(prefixes, jobs[:half])
+            yield from self._decode(prefixes, jobs[half:])
             return
-        for job, ids in zip(jobs, tokens, strict=True):
-            whole = self._text(ids)
-            text = truncate(whole, job.request.until)
-            at_end = len(ids) == job.prompt.room < job.request.max_new_tokens and ids[-1] not in self._eos_ids
-            cut = at_end and text == whole
-            yield Answer(job.request.key, text, None, job.prompt.prompt_hash, job.prompt.image_hash, cut)
+        for (_, job), ids in zip(jobs, answers, strict=True):
+            yield self._finished(job, ids)
 
-    def _greedy(self, cache: DynamicCache | None, rows: list[tuple[int, _Job]]) -> list[list[int]]:
-        jobs = [job for _, job in rows]
-        start = DynamicCache() if cache is None else select_rows(cache, [index for index, _ in rows])
+    def _continue(self, prefixes: Prefixes | None, jobs: list[tuple[int, Job]]) -> list[list[int]]:
+        """Return the new tokens of each job."""
+        rows = [self._row(job) for _, job in jobs]
+        alive = []
+        for number, ((place, _), row) in enumerate(zip(jobs, rows, strict=True)):
+            if not row.suffix:  # the prompt ends with its image: the prefix tells the first token
+                assert prefixes is not None
+                (token,) = choose(self._head(prefixes.last_states[place : place + 1]), [row])
+                if not row.add(token, self._eos_ids):
+                    continue
+                row.suffix = (token,)
+            alive.append(number)
+        if alive:
+            cache = DynamicCache() if prefixes is None else prefixes.select([jobs[number][0] for number in alive])
+            decode(self.model, cache, jobs[0][1].encoded.prefix_length, [rows[i] for i in alive], self._eos_ids)
+        return [row.new for row in rows]
 
-        def stopped(row: int, ids: list[int]) -> bool:
+    def _row(self, job: Job) -> Row:
+        request, limit = job.request, min(job.request.max_new_tokens, job.encoded.room)
+        sampler = None
+        if request.sampling is not None:
+            content = (job.prompt.prompt_hash, job.prompt.image_hash, *request.sampling)
+            sampler = Sampler(request.sampling, derive_seed("sample", *content))
+
+        def stopped(ids: list[int]) -> bool:
             text = self._text(ids)
-            return any(stop in text for stop in jobs[row].request.until)
+            return any(stop in text for stop in request.until)
 
-        return greedy(
-            self.model,
-            start,
-            jobs[0].prompt.prefix_length,
-            [job.prompt.suffix for job in jobs],
-            [min(job.request.max_new_tokens, job.prompt.room) for job in jobs],
-            self._eos_ids,
-            stopped if any(job.request.until for job in jobs) else None,
-        )
+        return Row(job.encoded.suffix, limit, sampler, stopped if request.until else None)
 
-    def _prefix_cache(self, groups: list[list[_Job]]) -> DynamicCache | None:
-        prompts = [group[0].prompt for group in groups]
-        if prompts[0].prefix_length == 0:
+    def _finished(self, job: Job, ids: list[int]) -> Answer:
+        request, prompt = job.request, job.prompt
+        whole = self._text(ids)
+        text = truncate(whole, request.until)
+        at_end = len(ids) == job.encoded.room < request.max_new_tokens and ids[-1] not in self._eos_ids
+        sampled = request.sampling is not None
+        return Answer(request.key, text, None, prompt.prompt_hash, prompt.image_hash, at_end and text == whole, sampled)
+
+    def _prefixes(self, prompts: list[Encoded], images: Images) -> Prefixes | None:
+        length = prompts[0].prefix_length
+        if length == 0:
             return None
-        inputs = [self._prompts.images[key].features for prompt in prompts for key in prompt.images]
+        inputs = [image for prompt in prompts for image in _inputs(prompt, images)]
         features = {name: self._to_device([image[name] for image in inputs]) for name in inputs[0]}
-        return run_prefixes(self.model, [prompt.ids[: prompt.prefix_length] for prompt in prompts], features)
+        return run_prefixes(self.model, [prompt.ids[:length] for prompt in prompts], features)
+
+    @torch.inference_mode()
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)
 
     def _to_device(self, tensors: list[Tensor]) -> Tensor:
         tensor = torch.cat(tensors).to(self.device)
@@ -267,39 +233,12 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> tup
     return model.to(device).eval(), processor
 
 
-def greedy_settings(kwargs: dict[str, Any], where: str) -> tuple[int, tuple[str, ...]]:
-    """Return (max_new_tokens, stop strings) of lmms-eval's generation_kwargs.
-
-    Args:
-        kwargs: a task's `generation_kwargs`.
-        where: the task's name, for the message.
-
-    Raises:
-        EvaluationError: the task asks for sampling or beam search.
-    """
-    if kwargs.get("do_sample") and float(kwargs.get("temperature") or 0) > 0:
-        raise EvaluationError(f"{where}: asks for sampling (do_sample, temperature > 0); prebench decodes greedily")
-    if int(kwargs.get("num_beams") or 1) > 1:
-        raise EvaluationError(f"{where}: asks for beam search (num_beams > 1); prebench decodes greedily")
-    until = kwargs.get("until") or ()
-    stops = (until,) if isinstance(until, str) else tuple(until)
-    return int(kwargs.get("max_new_tokens") or 1024), tuple(stop for stop in stops if stop)
+def _inputs(prompt: Encoded, images: Images) -> list[dict[str, Tensor]]:
+    """Return the features of a prompt's images, none of which is broken (`PromptBuilder.encode`)."""
+    return [image.features for key in prompt.images if not isinstance(image := images[key], str)]
 
 
-def truncate(text: str, until: Sequence[str]) -> str:
-    """Cut a text before each stop string in turn, as lmms-eval's models do."""
-    for stop in until:
-        text = text.split(stop)[0]
-    return text
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's type and first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _failed(job: _Job, error: BaseException) -> Answer:
+def _failed(job: Job, error: BaseException) -> Answer:
     return Answer(job.request.key, None, one_line(error), job.prompt.prompt_hash, job.prompt.image_hash)
 
 

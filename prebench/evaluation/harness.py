@@ -26,9 +26,10 @@ from prebench.errors import EvaluationError, StoreError
 from prebench.evaluation import scores
 from prebench.evaluation.adapter import late_messages, probe_answers
 from prebench.evaluation.answers import AnswerLog, answer_file, decided_by
-from prebench.evaluation.engine import Answer, Engine, GenerationRequest, greedy_settings, one_line
+from prebench.evaluation.engine import Engine
+from prebench.evaluation.generation import Answer, GenerationRequest, generation_settings
 from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
-from prebench.evaluation.prompts import DOCUMENT_ERRORS
+from prebench.evaluation.prompts import DOCUMENT_ERRORS, one_line
 from prebench.evaluation.protocols import protocol_of
 from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource
 from prebench.records import (
@@ -260,9 +261,8 @@ def _answers(
     def requests() -> Iterator[GenerationRequest]:
         for doc_id in scores.side_by_side(loaded.image_ids):
             _, doc_to_messages, settings, *_ = instances[doc_id].args
-            max_new_tokens, until = greedy_settings(settings, loaded.name)
             messages = late_messages(doc_to_messages, loaded.documents, doc_id)
-            yield GenerationRequest(doc_id, messages, max_new_tokens, until)
+            yield GenerationRequest(doc_id, messages, *generation_settings(settings, loaded.name))
 
     answers: dict[int, Answer] = {}
     total = len(instances)

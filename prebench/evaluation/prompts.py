@@ -6,7 +6,7 @@ import struct
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +38,30 @@ DOCUMENT_ERRORS = (
 """What a broken document (image, missing field) can raise in PIL, datasets, a task's functions or the chat template."""
 
 
+IMAGES_AT_ONCE = 8
+"""Images of equal size that are preprocessed in one call: one at a time costs twice as much, more at once no less."""
+CACHED_BYTES = 16_000_000
+"""Preprocessed images that are kept for the next windows: questions about an image mostly stand side by side."""
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt. `ids[:prefix_length]` ends with the last image token; it is what questions share."""
+    """A rendered prompt: all that decides its answer, before a token or a preprocessed pixel is computed."""
+
+    text: str
+    images: tuple[str, ...]
+    """Content hashes of the images, in the order of the prompt."""
+    prompt_hash: str
+    image_hash: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised prompt. `ids[:prefix_length]` ends with the last image token; it is what questions share."""
 
     ids: tuple[int, ...]
     prefix_length: int
     images: tuple[str, ...]
-    """Keys into the ImageStore, in the order of the prompt."""
-    prompt_hash: str
-    image_hash: str
     room: int
     """New tokens that the model's context leaves after the prompt (at least one)."""
 
@@ -58,7 +72,7 @@ class Prompt:
 
     @property
     def suffix(self) -> tuple[int, ...]:
-        """Return the tokens that belong to this question alone (at least one)."""
+        """Return the tokens that belong to this question alone; none where the prompt ends with an image."""
         return self.ids[self.prefix_length :]
 
 
@@ -69,44 +83,83 @@ class ImageInputs:
     features: dict[str, Tensor]
     num_tokens: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the tensors."""
+        return sum(tensor.nbytes for tensor in self.features.values())
+
+
+Images = Mapping[str, ImageInputs | str]
+"""Preprocessed images by content hash; a line of error stands where an image could not be preprocessed."""
+
 
 class ImageStore:
-    """Preprocessed images by content, least recently used first out."""
+    """Preprocesses images, and keeps the latest by content."""
 
-    def __init__(self, processor: Any, image_token_id: int, capacity: int = 512) -> None:
+    def __init__(self, processor: Any, image_token_id: int) -> None:
         self._processor = processor
         self._image_token_id = image_token_id
-        self._capacity = capacity
         self._inputs: OrderedDict[str, ImageInputs] = OrderedDict()
+        self._num_bytes = 0
+        self.largest = 0
+        """Bytes of the largest preprocessed image so far."""
 
-    def add(self, image: Image.Image) -> str:
-        """Preprocess an image unless equal content was seen lately, and return its content hash.
+    def __contains__(self, key: str) -> bool:
+        """Tell whether an image is preprocessed already."""
+        return key in self._inputs
 
-        Raises:
-            OSError, ValueError, ...: the image can't be decoded or is too large (DOCUMENT_ERRORS).
+    def take(self, keys: Iterable[str], pixels: Mapping[str, Image.Image]) -> dict[str, ImageInputs | str]:
+        """Return preprocessed images, each the same as if it were preprocessed alone.
+
+        Args:
+            keys: which, by content hash.
+            pixels: RGB images; those that are not in the store must be there.
         """
-        key, rgb = _rgb_and_hash(image)
-        if key in self._inputs:
-            self._inputs.move_to_end(key)
-        else:
-            self._inputs[key] = self._preprocess(rgb)
-        return key
+        found: dict[str, ImageInputs | str] = {}
+        by_size: dict[tuple[int, int], list[str]] = {}
+        for key in dict.fromkeys(keys):
+            if key in self._inputs:
+                self._inputs.move_to_end(key)
+                found[key] = self._inputs[key]
+            else:
+                by_size.setdefault(pixels[key].size, []).append(key)
+        for same_size in by_size.values():
+            for start in range(0, len(same_size), IMAGES_AT_ONCE):
+                chunk = same_size[start : start + IMAGES_AT_ONCE]
+                found.update(zip(chunk, self._chunk([pixels[key] for key in chunk]), strict=True))
+        for key in found:
+            self._keep(key, found[key])
+        return found
 
-    def __getitem__(self, key: str) -> ImageInputs:
-        """Return a stored image."""
-        return self._inputs[key]
+    def _chunk(self, images: list[Image.Image]) -> list[ImageInputs | str]:
+        """Preprocess images of equal size together, or one by one where that fails."""
+        try:
+            return list(self._preprocess(images))
+        except DOCUMENT_ERRORS as error:
+            if len(images) == 1:
+                return [one_line(error)]
+            return [self._chunk([image])[0] for image in images]
 
-    def trim(self) -> None:
-        """Forget the oldest images; called between windows, so that a window's own images stay."""
-        while len(self._inputs) > self._capacity:
-            self._inputs.popitem(last=False)
-
-    def _preprocess(self, image: Image.Image) -> ImageInputs:
-        batch = self._processor(text=self._processor.image_token, images=[image], return_tensors="pt")
-        ids = batch.pop("input_ids")
+    def _preprocess(self, images: list[Image.Image]) -> list[ImageInputs]:
+        batch = self._processor(text=[self._processor.image_token] * len(images), images=images, return_tensors="pt")
+        num_tokens = (batch.pop("input_ids") == self._image_token_id).sum(dim=1).tolist()
         batch.pop("attention_mask", None)
         batch.pop("mm_token_type_ids", None)
-        return ImageInputs(dict(batch), int((ids == self._image_token_id).sum()))
+        if any(len(tensor) != len(images) for tensor in batch.values()):
+            raise ValueError("the processor does not give one row per image")
+        return [
+            ImageInputs({name: tensor[row : row + 1] for name, tensor in batch.items()}, count)
+            for row, count in enumerate(num_tokens)
+        ]
+
+    def _keep(self, key: str, inputs: ImageInputs | str) -> None:
+        if key in self._inputs or isinstance(inputs, str):
+            return
+        self._inputs[key] = inputs
+        self._num_bytes += inputs.num_bytes
+        self.largest = max(self.largest, inputs.num_bytes)
+        while self._num_bytes > CACHED_BYTES:
+            self._num_bytes -= self._inputs.popitem(last=False)[1].num_bytes
 
 
 def _rgb_and_hash(image: Image.Image) -> tuple[str, Image.Image]:
@@ -126,39 +179,84 @@ class PromptBuilder:
         self._processor = processor
         self._image_token_id = image_token_id
         self._context_length = context_length
+        self._expand_ids = self._expansion_is_local()
         self.images = ImageStore(processor, image_token_id)
 
-    def build(self, messages: Messages) -> Prompt:
-        """Return the tokenised prompt; its images are in `self.images` afterwards.
+    def read(self, messages: Messages) -> tuple[Prompt, dict[str, Image.Image]]:
+        """Return the rendered prompt and its images in RGB, by content hash.
 
         Args:
             messages: Hugging Face chat schema with PIL images inside: `{"type": "image", "image": image}`.
 
         Raises:
-            ValueError and other DOCUMENT_ERRORS: an image is broken, placeholders and images do not match, or the
-                model's context leaves no room for an answer.
+            ValueError and other DOCUMENT_ERRORS: an image is broken, or placeholders and images do not match.
         """
-        keys = [self.images.add(part["image"]) for part in _image_parts(messages)]
+        images = [_rgb_and_hash(part["image"]) for part in _image_parts(messages)]
         text = self._processor.apply_chat_template(
             _without_pixels(messages), tokenize=False, add_generation_prompt=True
         )
-        pieces = text.split(self._processor.image_token)
-        if len(pieces) - 1 != len(keys):
-            raise ValueError(f"the prompt holds {len(pieces) - 1} image tokens for {len(keys)} images")
-        expanded = pieces[0]
-        for key, piece in zip(keys, pieces[1:], strict=True):
-            expanded += self._processor.image_token * self.images[key].num_tokens + piece
-        ids = tuple(self._processor.tokenizer(expanded)["input_ids"])
-        prefix_length = max((i + 1 for i, token in enumerate(ids) if token == self._image_token_id), default=0)
-        if prefix_length == len(ids):
-            raise ValueError(
-                "the prompt ends with an image; a question must follow it" if ids else "the prompt is empty"
-            )
+        placeholders = text.count(self._processor.image_token)
+        if placeholders != len(images):
+            raise ValueError(f"the prompt holds {placeholders} image tokens for {len(images)} images")
+        keys = tuple(key for key, _ in images)
+        image_hash = keys[0] if len(keys) == 1 else content_hash(keys) if keys else ""
+        return Prompt(text, keys, content_hash(text), image_hash), dict(images)
+
+    def encode(self, prompts: Sequence[Prompt], images: Images) -> list[Encoded | str]:
+        """Tokenise prompts together; a line of error stands where one has no room, no token, or a broken image.
+
+        Args:
+            prompts: from `read`.
+            images: their images, from `ImageStore.take`.
+        """
+        rows = self._token_ids([prompt.text for prompt in prompts])
+        return [self._encoded(prompt, ids, images) for prompt, ids in zip(prompts, rows, strict=True)]
+
+    def _encoded(self, prompt: Prompt, ids: list[int] | str, images: Images) -> Encoded | str:
+        if isinstance(ids, str):
+            return ids
+        counts = []
+        for key in prompt.images:
+            inputs = images[key]
+            if isinstance(inputs, str):
+                return inputs
+            counts.append(inputs.num_tokens)
+        ids = self._repeat(ids, counts) if self._expand_ids else self._expanded_text_ids(prompt.text, counts)
+        if not ids:
+            return "ValueError: the prompt is empty"
         room = self._context_length - len(ids)
         if room < 1:
-            raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in the context of {self._context_length}")
-        image_hash = keys[0] if len(keys) == 1 else content_hash(keys) if keys else ""
-        return Prompt(ids, prefix_length, tuple(keys), content_hash(text), image_hash, room)
+            return f"ValueError: a prompt of {len(ids)} tokens leaves no room in the context of {self._context_length}"
+        prefix_length = max((i + 1 for i, token in enumerate(ids) if token == self._image_token_id), default=0)
+        return Encoded(tuple(ids), prefix_length, prompt.images, room)
+
+    def _token_ids(self, texts: list[str]) -> list[list[int] | str]:
+        """Return the token ids of each text, or the error of one that has none (a lone surrogate, say)."""
+        try:
+            return self._processor.tokenizer(texts)["input_ids"] if texts else []
+        except DOCUMENT_ERRORS as error:
+            if len(texts) == 1:
+                return [one_line(error)]
+            return [self._token_ids([text])[0] for text in texts]
+
+    def _expanded_text_ids(self, text: str, counts: list[int]) -> list[int]:
+        token = self._processor.image_token
+        first, *rest = text.split(token)
+        expanded = first + "".join(token * count + piece for count, piece in zip(counts, rest, strict=True))
+        return self._processor.tokenizer(expanded)["input_ids"]
+
+    def _repeat(self, ids: list[int], counts: list[int]) -> list[int]:
+        expanded: list[int] = []
+        left = iter(counts)
+        for token in ids:
+            expanded += [token] * (next(left, 1) if token == self._image_token_id else 1)
+        return expanded
+
+    def _expansion_is_local(self) -> bool:
+        """Tell whether repeating an image token's id is the same as repeating it in the text, which takes longer."""
+        token = self._processor.image_token
+        once, thrice = self._processor.tokenizer([f"a{token}\nb {token} c", f"a{token * 3}\nb {token} c"])["input_ids"]
+        return self._repeat(once, [3, 1]) == thrice
 
 
 def context_length(config: Any) -> int:
@@ -195,3 +293,9 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):  # a template would ask the question "None"
         raise ValueError(f"a text was expected, not {type(value).__name__}")
     return value
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

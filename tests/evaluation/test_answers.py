@@ -24,7 +24,7 @@ TEXTS = st.lists(st.text(max_size=20), min_size=1, max_size=8)
 
 
 def prompt(number: int, images: str = "i") -> Prompt:
-    return Prompt((1, 2), 1, (images,), f"prompt-{number}", images, room=100)
+    return Prompt("a question", (images,), f"prompt-{number}", images)
 
 
 def request(number: int, max_new_tokens: int = 16, until: tuple[str, ...] = ()) -> GenerationRequest:

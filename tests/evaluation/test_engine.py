@@ -13,7 +13,9 @@ from PIL import Image
 
 from prebench.errors import EvaluationError, ModelError
 from prebench.evaluation import engine as engine_module
-from prebench.evaluation.engine import Engine, GenerationRequest, greedy_settings, truncate
+from prebench.evaluation import prompts, reading
+from prebench.evaluation.engine import Engine
+from prebench.evaluation.generation import GenerationRequest, Sampling, generation_settings, truncate
 
 QUESTIONS = ["is there a red circle?", "what color?", "describe the image.", "yes", "où est le cercle? 红色"]
 
@@ -36,7 +38,7 @@ def _requests(max_new_tokens: int = 12) -> list[GenerationRequest]:
     return [GenerationRequest(i, messages, max_new_tokens) for i, messages in enumerate(documents)]
 
 
-def _plain_ids(engine: Engine, request: GenerationRequest) -> list[int]:
+def _plain_ids(engine: Engine, request: GenerationRequest, **settings) -> list[int]:
     """One prompt through processor and generate, as a user of transformers would write it."""
     messages = request.messages
     images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
@@ -44,12 +46,13 @@ def _plain_ids(engine: Engine, request: GenerationRequest) -> list[int]:
     bare = [{"role": "user", "content": content}]
     text = engine.processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=True)
     inputs = engine.processor(text=text, images=images or None, return_tensors="pt")
-    output = engine.model.generate(**inputs, do_sample=False, max_new_tokens=request.max_new_tokens)
+    settings = settings or {"do_sample": False}
+    output = engine.model.generate(**inputs, **settings, max_new_tokens=request.max_new_tokens)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def _plain(engine: Engine, request: GenerationRequest) -> str:
-    return engine.processor.tokenizer.decode(_plain_ids(engine, request), skip_special_tokens=True)
+def _plain(engine: Engine, request: GenerationRequest, **settings) -> str:
+    return engine.processor.tokenizer.decode(_plain_ids(engine, request, **settings), skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_order_and_windows_do_not_matter(engine, expected, monkeypatch) -> None:
     shuffled = _requests()
     random.Random(0).shuffle(shuffled)  # noqa: S311
     assert _answers(engine, shuffled) == expected
-    monkeypatch.setattr(engine_module, "WINDOW", 5)
+    monkeypatch.setattr(reading, "WINDOW", 5)
     assert _answers(engine, shuffled) == expected
 
 
@@ -121,10 +124,31 @@ def test_stop_strings_cut_the_answer(engine, expected) -> None:
 def test_an_image_is_preprocessed_once(engine, monkeypatch) -> None:
     calls = []
     original = engine._prompts.images._preprocess
-    monkeypatch.setattr(engine._prompts.images, "_preprocess", lambda im: calls.append(1) or original(im))
+    monkeypatch.setattr(engine._prompts.images, "_preprocess", lambda ims: calls.extend(ims) or original(ims))
     image = _image(77)
-    list(engine.generate(GenerationRequest(i, _messages(f"{i}?", image.copy()), 2) for i in range(8)))
+    list(engine.generate(GenerationRequest(i, _messages(f"{i}?", image.copy()), 2) for i in range(50)))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (31, 90)])
+def test_images_preprocessed_together_are_what_each_is_alone(engine, size: tuple[int, int]) -> None:
+    images = {str(i): _image(i).resize(size) for i in range(2 * prompts.IMAGES_AT_ONCE + 1)}
+    images |= {f"other {i}": _image(i).resize((50, 40)) for i in range(3)}
+    together = prompts.ImageStore(engine.processor, engine.model.config.image_token_id).take(images, images)
+    for key, image in images.items():
+        alone = engine.processor(text="<image>", images=[image], return_tensors="pt")
+        assert torch.equal(together[key].features["pixel_values"], alone["pixel_values"]), key
+        assert together[key].num_tokens == int((alone["input_ids"] == engine.model.config.image_token_id).sum())
+
+
+def test_known_answers_cost_neither_preprocessing_nor_compute(engine, expected, monkeypatch) -> None:
+    monkeypatch.setattr(engine._prompts.images, "_preprocess", lambda ims: pytest.fail("an image was preprocessed"))
+    monkeypatch.setattr(engine.model, "forward", lambda *a, **k: pytest.fail("the model was run"))
+    image = _image(78)
+    requests = [GenerationRequest(i, _messages(f"{i}?", image), 2) for i in range(3)]
+    answers = list(engine.generate(requests, known=lambda request, prompt: f"{request.key} {prompt.image_hash}"))
+    assert [answer.text for answer in answers] == [f"{i} {answers[0].image_hash}" for i in range(3)]
+    assert len(answers[0].image_hash) == 16
 
 
 def _truncated() -> Image.Image:
@@ -173,14 +197,14 @@ def test_odd_images_are_answered(engine) -> None:
 def test_an_error_in_the_computation_stays_with_its_document(engine, expected, monkeypatch) -> None:
     """A batch that raises (out of memory, say) is halved until the failing document stands alone."""
     poison = engine.processor.tokenizer("describe the image.")["input_ids"]
-    original = engine_module.greedy
+    original = engine_module.decode
 
-    def failing(model, cache, length, suffixes, *rest):
-        if len(suffixes) > 6 or any(list(s[-len(poison) :]) == poison for s in suffixes):
+    def failing(model, cache, length, rows, eos_ids):
+        if len(rows) > 6 or any(list(row.suffix[-len(poison) :]) == poison for row in rows):
             raise torch.OutOfMemoryError("no memory left")
-        return original(model, cache, length, suffixes, *rest)
+        original(model, cache, length, rows, eos_ids)
 
-    monkeypatch.setattr(engine_module, "greedy", failing)
+    monkeypatch.setattr(engine_module, "decode", failing)
     answers = {answer.key: answer for answer in engine.generate(_requests())}
     failed = {key for key, answer in answers.items() if answer.error}
     assert failed == {2, 7, 12, 17, 23}
@@ -204,12 +228,57 @@ def test_hashes_follow_content(engine) -> None:
     assert found["text"][1] == ""
 
 
-def test_sampling_is_refused() -> None:
-    assert greedy_settings({"until": ["\n\n", ""], "max_new_tokens": 5, "temperature": 0.7}, "t") == (5, ("\n\n",))
-    with pytest.raises(EvaluationError, match="t: asks for sampling"):
-        greedy_settings({"do_sample": True, "temperature": 0.7}, "t")
+def test_a_prompt_that_ends_with_its_image_is_answered(engine) -> None:
+    """No question follows the image, or a text stands before it: nothing is left to run after the prefix."""
+    requests = [GenerationRequest(i, _messages("", _image(i)), 6) for i in range(3)]
+    behind = [{"role": "user", "content": list(reversed(_messages("describe the image.", _image(1))[0]["content"]))}]
+    requests += [GenerationRequest("behind", behind, 6), GenerationRequest("one token", behind, 1)]
+    requests += [GenerationRequest(f"mixed {i}", _messages("yes", _image(i)), 6) for i in range(3)]
+    plain = {request.key: _plain(engine, request) for request in requests}
+    assert len(set(plain.values())) > 4
+    assert _answers(engine, requests) == plain
+
+
+SAMPLING = [Sampling(0.9), Sampling(1.3, top_p=0.8), Sampling(1.0, top_k=5), Sampling(2.0, 0.9, 0)]
+
+
+def test_samples_are_those_of_generate_and_depend_on_the_document_alone(tiny_export, engine, monkeypatch) -> None:
+    """As `generate` draws them from the same seed, whatever the batch, the order, or whether others are greedy."""
+    images = [_image(i) for i in range(3)]
+    requests = [
+        GenerationRequest((i, j), _messages(question, image), 8, (), sampling)
+        for i, image in enumerate(images)
+        for j, (question, sampling) in enumerate(zip(QUESTIONS, [*SAMPLING, None], strict=True))
+    ]
+    seeds = []
+    original = engine_module.derive_seed
+    monkeypatch.setattr(engine_module, "derive_seed", lambda *parts: seeds.append(original(*parts)) or seeds[-1])
+    plain = {}
+    for request in requests:
+        seeds.clear()
+        (answer,) = engine.generate([request])
+        assert answer.sampled == (request.sampling is not None)
+        settings = {"do_sample": True, **request.sampling._asdict()} if request.sampling else {"do_sample": False}
+        torch.manual_seed(seeds[0] if seeds else 0)
+        plain[request.key] = _plain(engine, request, **settings)
+        assert answer.text == plain[request.key], request.key
+    assert len(set(plain.values())) > 10
+    random.Random(1).shuffle(requests)  # noqa: S311
+    for budget in (1, 400, 100_000):
+        batched = Engine(tiny_export, device="cpu", dtype="float32", token_budget=budget)
+        assert _answers(batched, requests) == plain
+
+
+def test_settings_of_generation() -> None:
+    settings = generation_settings({"until": ["\n\n", ""], "max_new_tokens": 5, "temperature": 0.7}, "t")
+    assert settings == (5, ("\n\n",), None)  # a temperature alone does not sample
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": None}
+    assert generation_settings(sampled, "t").sampling == Sampling(0.7, 1.0, 50)
+    assert generation_settings({"do_sample": True, "temperature": 0}, "t") == (1024, (), None)
+    with pytest.raises(EvaluationError, match=r"t: .*top_p 1\.5"):
+        generation_settings(sampled | {"top_p": 1.5}, "t")
     with pytest.raises(EvaluationError, match="beam"):
-        greedy_settings({"num_beams": 3}, "t")
+        generation_settings({"num_beams": 3}, "t")
 
 
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path: Path) -> None:
