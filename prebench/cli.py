@@ -11,8 +11,8 @@ import click
 from prebench import __version__
 from prebench.cli_analysis import compare, plan
 from prebench.cli_options import chosen_study, jobs_option, mirror_option, results_option, study_option, width
+from prebench.cli_tools import doctor, pretrain
 from prebench.cli_tools import mirror as mirror_command
-from prebench.cli_tools import pretrain
 from prebench.errors import ConfigError, user_error
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def _listing(section: str, results: Path) -> list[tuple[str, str]]:
     return [(name, load(name).description) for name in list_configs(section)]
 
 
-for command in (compare, mirror_command, plan, pretrain):
+for command in (compare, doctor, mirror_command, plan, pretrain):
     main.add_command(command)
 
 

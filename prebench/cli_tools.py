@@ -1,10 +1,10 @@
-"""Commands that need no study: pretrained parts, mirrors. Heavy imports happen inside commands."""
+"""Commands that need no study: pretrained parts, mirrors, a model's check. Heavy imports happen inside commands."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -170,3 +170,72 @@ def _verify(folder: Path) -> None:
     if problems:
         raise DataError(f"{folder}: {len(problems)} problems; `{'`, `'.join(commands)}` repairs")
     click.echo(f"{folder}: every file is as it was fetched")
+
+
+def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r}: write whole numbers from 1 separated by commas, such as 1,4,16")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command()
+@click.argument("model_or_run", type=click.Path(path_type=Path))
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 on CUDA, float32 on a CPU.",
+)
+@click.option("--documents", type=click.IntRange(min=1), default=300, show_default=True, help="Asked in every setting.")
+@click.option(
+    "--batch-sizes", default="1,4,16,64", show_default=True, callback=_numbers, help="Questions at once, about."
+)
+@click.option("--processes", default="1,2", show_default=True, callback=_numbers, help="Processes that share the work.")
+@click.option(
+    "--generate",
+    "generated",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="How many of them plain model.generate answers, too, one at a time.",
+)
+@click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write everything to a file.")
+@click.pass_context
+def doctor(
+    ctx: click.Context, model_or_run: Path, documents: int, generated: int, output: Path | None, **settings: Any
+) -> None:
+    """Check that a model's answers depend on its weights and the question alone.
+
+    Asks generated documents (several questions per picture, two pictures, none) at every batch size, in shuffled
+    order, in one process and in several, and compares with plain model.generate. MODEL_OR_RUN is an exported model's
+    folder, or a run's folder that holds one in model/. Ends with 0 where no answer changed, 1 where some did, 2 where
+    the check could not be made.
+
+    \b
+    Examples:
+      prebench doctor results/full-embedded/runs/pre-s0
+      prebench doctor ~/models/llava-1.5-7b-hf --device cuda --documents 100
+      prebench doctor MODEL --dtype bfloat16 --batch-sizes 1,8,32 --processes 1
+      prebench doctor MODEL --documents 2000 --json doctor.json
+    """
+    import tempfile
+
+    from prebench.data.check_documents import check_documents
+    from prebench.evaluation import doctor_report
+    from prebench.evaluation.doctor import Document, Plan, examine
+    from prebench.store import write_json
+
+    inner = model_or_run / "model"
+    model_dir = inner if not (model_or_run / "config.json").is_file() and inner.is_dir() else model_or_run
+    with tempfile.TemporaryDirectory(prefix="prebench-doctor-") as folder:
+        found = check_documents(Path(folder), documents)
+        asked = tuple(Document(question=text, images=images) for text, images in found)
+        report = examine(Plan(model_dir=model_dir.resolve(), documents=asked, generated=generated, **settings))
+    about = doctor_report.machine()
+    click.echo(doctor_report.render(report, model_dir, about))
+    if output is not None:
+        write_json(output, doctor_report.as_json(report, model_dir, about))
+    ctx.exit(1 if report.flips else 0)

@@ -14,7 +14,7 @@ from prebench.config import load_preset, load_suite, load_variant
 from prebench.schema import StudyConfig
 from prebench.study import open_study
 
-COMMANDS = ("compare", "evaluate", "list", "mirror", "plan", "pretrain", "probe", "report", "run", "train")
+COMMANDS = ("compare", "doctor", "evaluate", "list", "mirror", "plan", "pretrain", "probe", "report", "run", "train")
 
 
 def invoke(*arguments: object):

@@ -1,7 +1,11 @@
 """The lmms-eval model: `lmms-eval --model prebench --model_args pretrained=FOLDER --tasks ...`.
 
 lmms-eval has no channel for errors, and an empty answer would be scored; so where any document fails, this adapter
-raises. `prebench evaluate` records such documents instead.
+raises. lmms-eval's command line would print the error and exit with 0, so there the process ends with code 2.
+`prebench evaluate` records failed documents instead.
+
+Several processes: `torchrun --nproc_per_node N -m lmms_eval ...`, or `accelerate launch` on GPUs. lmms-eval gives
+process r the documents r, r + N, ..., and fills up a shorter share with copies of its last request.
 """
 
 from __future__ import annotations
@@ -9,15 +13,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from PIL import ImageFile
 
 from prebench.errors import EvaluationError, ModelError, PrebenchError
 from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
@@ -25,11 +33,14 @@ from prebench.evaluation.generation import GenerationRequest, generation_setting
 from prebench.evaluation.probe_task import PROBE_DIR_VARIABLE
 from prebench.evaluation.prompts import DOCUMENT_ERRORS, one_line
 from prebench.evaluation.scores import by_image
+from prebench.progress import say
 from prebench.store import read_json
 
 PROBE_KEY = "prebench_probe"
 """In a task's generation_kwargs: answer with features instead of text."""
 SHOWN_FAILURES = 3
+USER_ERROR = 2
+"""Exit code of the lmms-eval command where a document or the model fails."""
 
 
 class Prebench(lmms):
@@ -64,13 +75,15 @@ class Prebench(lmms):
             ModelError: an unknown argument, no model, or a model of another variant.
         """
         super().__init__()
-        if unknown:
-            raise ModelError(
-                f"model_args: unknown {', '.join(sorted(unknown))} (known: pretrained, device, dtype, token_budget)"
-            )
-        folder = Path(pretrained)
-        self._check_variant(folder)
-        self.engine = Engine(folder, device=device, dtype=dtype, token_budget=int(token_budget))
+        with _heard():
+            if unknown:
+                raise ModelError(
+                    f"model_args: unknown {', '.join(sorted(unknown))} (known: pretrained, device, dtype, token_budget)"
+                )
+            folder = Path(pretrained)
+            self._check_variant(folder)
+            place = self._join_processes(device)
+            self.engine = Engine(folder, device=place, dtype=dtype, token_budget=int(token_budget))
         self.device = self.engine.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -79,6 +92,10 @@ class Prebench(lmms):
         Raises:
             EvaluationError: a document failed; it is named.
         """
+        with _heard(), _whole_images():
+            return self._generate(requests)
+
+    def _generate(self, requests: list[Instance]) -> list[str]:
         answers: dict[int, str] = {}
         probes: dict[tuple[str, str], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
@@ -110,7 +127,10 @@ class Prebench(lmms):
         Raises:
             EvaluationError: always.
         """
-        raise EvaluationError(f"{type(self).__name__}: log-likelihood tasks are not supported; take a generating task")
+        with _heard():
+            raise EvaluationError(
+                f"{type(self).__name__}: log-likelihood tasks are not supported; take a generating one"
+            )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse: every task of prebench's suites asks once.
@@ -118,7 +138,8 @@ class Prebench(lmms):
         Raises:
             EvaluationError: always.
         """
-        raise EvaluationError(f"{type(self).__name__}: multi-round tasks are not supported")
+        with _heard():
+            raise EvaluationError(f"{type(self).__name__}: multi-round tasks are not supported")
 
     def _generation_requests(self, requests: list[Instance], asked: list[int]) -> Iterator[GenerationRequest]:
         ranks: dict[tuple[str, str], dict[int, int]] = {}
@@ -135,6 +156,21 @@ class Prebench(lmms):
             _, doc_to_messages, settings, doc_id, task, split = requests[index].args
             messages = late_messages(doc_to_messages, self.task_dict[task][split], doc_id)
             yield GenerationRequest(index, messages, *generation_settings(settings, task))
+
+    def _join_processes(self, device: str) -> str:
+        """Take this process's place among those that a launcher started, and return the device that is its own."""
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched == 1:
+            return device
+        self.accelerator = Accelerator()
+        if self.accelerator.num_processes != launched:
+            raise ModelError(
+                f"{launched} processes were started, but accelerate sees {self.accelerator.num_processes}; without a "
+                "GPU start them with ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N -m lmms_eval"
+            )
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        own = self.accelerator.device
+        return device if device not in ("auto", "cuda") else "cpu" if own.type == "cpu" else str(own)
 
     @classmethod
     def _check_variant(cls, folder: Path) -> None:
@@ -160,6 +196,29 @@ class PrebenchPre(Prebench):
     """An export of the variant `pre`."""
 
     variant = "pre"
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """End the process with a code where lmms-eval's command line called: it prints an exception and exits with 0."""
+    try:
+        yield
+    except PrebenchError as error:
+        if not any(frame.f_code.co_name == "cli_evaluate" for frame, _ in traceback.walk_stack(None)):
+            raise
+        say(f"prebench: {error}")
+        raise SystemExit(USER_ERROR) from error
+
+
+@contextmanager
+def _whole_images() -> Iterator[None]:
+    """Let a truncated picture fail: lmms-eval has PIL fill it up with grey, and asks about that."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def late_messages(
