@@ -17,7 +17,9 @@ from prebench.evaluation.protocols import SCORING
 from prebench.records import PROBE_FILE, PROBE_HASHES, TaskRecord, content_hash
 from prebench.runtime import data_dir, file_hash, versions
 from prebench.schema import ProbeConfig, StrictModel, TaskConfig
-from prebench.store import read_record
+from prebench.store import read_json, read_record
+
+MIRROR_FILE = "mirror.json"
 
 
 class RunRequest(StrictModel):
@@ -181,12 +183,20 @@ class Hashes:
     def _of_task(self, source: TaskSource) -> dict[str, str]:
         folder = source.data_folder(self._mirror)
         files = sorted(p for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts)
-        data = {str(path.relative_to(folder)): file_hash(path) for path in files}
+        data = self._recorded(source) or {str(path.relative_to(folder)): file_hash(path) for path in files}
         return {
             "data": content_hash(data),
             "prompts": content_hash([source.definition_hash(), versions()["lmms_eval"], SCORING]),
             "config": content_hash(task_settings(self._request, source.task)),
         }
+
+    def _recorded(self, source: TaskSource) -> dict[str, str]:
+        """Return the hashes in mirror.json, against which the files have just been checked; none for another folder."""
+        path = self._mirror / MIRROR_FILE
+        entry = read_json(path)["tasks"].get(source.task, {}) if path.is_file() else {}
+        prefix = f"{source.dataset_path}/"
+        files = {name: record["sha256"][:16] for name, record in entry.get("files", {}).items()}
+        return {name.removeprefix(prefix): value for name, value in files.items() if name.startswith(prefix)}
 
 
 def task_settings(request: EvaluationRequest, task: str) -> Mapping[str, Any]:
