@@ -89,6 +89,8 @@ class SampleRecord:
     """False: the score is that of a question that an earlier document stands for, in every mean (MMBench, MMVP)."""
     unparsed: bool = False
     """No answer could be read from the response, which is scored as wrong; only some tasks tell."""
+    truncated: bool = False
+    """The model's context ended before the response did; what fitted is scored."""
 
 
 @dataclass(frozen=True)

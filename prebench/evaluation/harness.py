@@ -283,6 +283,8 @@ def _say_totals(title: str, samples: Sequence[SampleRecord], taken: int, send: S
     if failed:
         first = f"document {failed[0].doc_id}: {failed[0].error}"
         parts.append(f"{len(samples) - len(failed)} documents scored, {len(failed)} failed ({first})")
+    if cut := sum(sample.truncated for sample in samples):
+        parts.append(f"{cut} answers were cut off at the end of the model's context, and scored as they are")
     if taken:
         parts.append(f"{taken} of {len(samples)} answers were in the answer log")
     if parts:
@@ -325,6 +327,7 @@ def _sample(
         blind_score=known.blind_score if known else None,
         counts=instance.doc_id in loaded.counted,
         unparsed=loaded.is_unparsed(result),
+        truncated=answer.truncated,
     )
 
 
