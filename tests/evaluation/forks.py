@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prebench.evaluation import engine, harness, runner
+from prebench.evaluation import harness, runner
+from prebench.evaluation.engine import Engine
 
 PAUSE = 0.05
 """Seconds before each batch: time to strike, however slowly the test itself runs."""
@@ -20,15 +22,15 @@ PAUSE = 0.05
 
 def trace_batches(trace: Path) -> None:
     """Have the engine write the size of each batch into a file."""
-    original = engine.greedy
+    original = Engine._decode
 
-    def traced(model: Any, cache: Any, prefix_length: int, suffixes: list[Any], *rest: Any) -> Any:
+    def traced(self: Engine, prefixes: Any, jobs: list[Any]) -> Iterator[Any]:
         with trace.open("a", encoding="utf-8") as file:
-            file.write(f"{len(suffixes)}\n")
+            file.write(f"{len(jobs)}\n")
         time.sleep(PAUSE)
-        return original(model, cache, prefix_length, suffixes, *rest)
+        yield from original(self, prefixes, jobs)
 
-    engine.greedy = traced
+    Engine._decode = traced  # type: ignore[method-assign]
 
 
 def tell(number: int) -> None:
