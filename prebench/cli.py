@@ -230,12 +230,13 @@ def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str], mirror: 
 @main.command()
 @study_option
 @results_option
-def report(study: str | None, results: Path) -> None:
-    """Rebuild scores, tables and figures from the records, and print the summary."""
+@mirror_option
+def report(study: str | None, results: Path, mirror: Path | None) -> None:
+    """Rebuild scores, tables, figures and report.html from the records, and print the summary."""
     from prebench import pipeline
 
     folder = chosen_study(results, study)
-    _echo_summary(folder, pipeline.write_report(folder))
+    _echo_summary(folder, pipeline.write_report(folder, mirror))
 
 
 @main.command(name="list")

@@ -89,7 +89,7 @@ def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None, mir
         config = open_study(folder, requested)
         train_all(folder, config, jobs)
         evaluate_all(folder, config, config.suite.task_names, jobs, mirror)
-        return write_report(folder)
+        return write_report(folder, mirror)
 
 
 def train_all(folder: Path, config: StudyConfig, jobs: int | None = None) -> None:
@@ -197,14 +197,23 @@ def _mirror_manifest(folder: Path, suite: SuiteConfig, tasks: Sequence[str], mir
     return manifest
 
 
-def write_report(folder: Path) -> list[Path]:
-    """Rebuild scores, tables and figures from the records."""
+def write_report(folder: Path, mirror: Path | None = None) -> list[Path]:
+    """Rebuild scores, tables, figures and report.html from the records.
+
+    Args:
+        folder: the study.
+        mirror: the user's folder with real benchmarks, for the pictures; where the study has no mirror of its own,
+            PREBENCH_MIRROR by default.
+    """
     from prebench.analysis.join import load_study
     from prebench.analysis.plots import write_figures
+    from prebench.analysis.report import write_page
     from prebench.analysis.tables import write_tables
 
     study = load_study(folder)
-    return [*write_tables(study), *write_figures(study)]
+    own = folder / MIRROR
+    pictures = mirror or (own if own.is_dir() else Path(os.environ.get(MIRROR_VARIABLE) or own))
+    return [*write_tables(study), *write_figures(study), write_page(study, pictures)]
 
 
 def write_manifest(folder: Path) -> None:

@@ -69,8 +69,10 @@ def degradation(run: Run, attribute: str) -> Degradation | None:
     probe = run.probe()
     if probe.empty:
         return None
-    chosen = probe[(probe["level"] == "global") & (probe["attribute"] == attribute) & (probe["metric"] == "accuracy")]
-    values = {int(layer): float(value) for layer, value in zip(chosen["layer"], chosen["value"], strict=True)}
+    # Every table asks for this anew: plain lists are several times faster than masks over columns of strings.
+    columns = (probe[name].to_list() for name in ("level", "attribute", "metric", "layer", "value"))
+    wanted = ("global", attribute, "accuracy")
+    values = {int(layer): float(value) for *what, layer, value in zip(*columns, strict=True) if tuple(what) == wanted}
     num_layers = int(probe["num_layers"].max())
     needed = {ENCODER_LAYER, *middle_layers(num_layers)}
     if not needed <= values.keys():

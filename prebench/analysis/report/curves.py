@@ -1,0 +1,275 @@
+"""The page's figures over layers, training steps, trained models and doses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+import pandas as pd
+
+from prebench.analysis import degradation, learning_curves, verdict
+from prebench.analysis.join import Study, gain
+from prebench.analysis.plots import PER_ROW
+from prebench.analysis.render import marked, p_value, percent
+from prebench.analysis.report.charts import Panel, Point, Series, lines, number, scatter
+from prebench.analysis.report.parts import Figure, Group, Section, source
+from prebench.analysis.tables import Made, regularised_layers, trained_models
+
+ENCODER_LAYER = -1
+FEWEST_LAYERS = 3
+"""A metric known at fewer decoder layers is no curve: a control, told in words."""
+MOST_SEEDS = 6
+"""Single seeds that a mark's title names."""
+_LEVELS = {
+    "global": "What a linear probe decodes from the mean visual token",
+    "patch": "How well visual tokens keep objects apart",
+}
+_METRICS = {
+    "accuracy": "accuracy, %",
+    "auc": "AUC: tokens of one object are more alike",
+    "centred_difference": "centred difference: cohesion minus coupling",
+    "cohesion": "cohesion: cosine within objects",
+    "coupling": "coupling: cosine between objects",
+    "contrast_ratio": "contrast ratio: cohesion / coupling",
+    "shuffled_label_accuracy": "accuracy with shuffled labels, %",
+}
+
+
+def is_light(study: Study, variant: str) -> bool:
+    """Tell whether a variant is drawn lighter, as in `prebench.analysis.plots`: a control among several variants."""
+    return len(study.variants) > PER_ROW and verdict.is_control(study, variant)
+
+
+def by_layer(study: Study) -> Section:
+    """Return a figure per probed attribute and metric, over the decoder layers."""
+    frames = [run.probe().assign(variant=run.variant, seed=run.seed) for run in study.runs.values()]
+    frames = [frame for frame in frames if not frame.empty]
+    if not frames:
+        return Section(notes=("No run was probed: `prebench probe` does that.",))
+    probes = pd.concat(frames, ignore_index=True)
+    order = {name: i for i, name in enumerate(degradation.attributes(study))}
+    groups = []
+    for level in sorted(set(probes["level"]), key=lambda name: list(_LEVELS).index(name) if name in _LEVELS else 9):
+        mine = probes[probes["level"] == level]
+        keys = sorted(set(zip(mine["attribute"], mine["metric"], strict=True)), key=lambda k: (order.get(k[0], 99), k))
+        figures, notes = [], []
+        for attribute, metric in keys:
+            chosen = mine[(mine["attribute"] == attribute) & (mine["metric"] == metric)]
+            layers = chosen[chosen["layer"] > ENCODER_LAYER]
+            if layers["layer"].nunique() < FEWEST_LAYERS:
+                notes.append(_in_words(attribute, metric, layers))
+            else:
+                figures.append(_layer_figure(study, level, attribute, metric, chosen))
+        groups.append(Group(_LEVELS.get(level, _words(level)), figures, " ".join(notes)))
+    single = ("Single runs: runs/<variant>-s<seed>/probe.parquet, whose hashes stand under Provenance.",)
+    return Section(groups, notes=single, sources=(source(study, "tables/probes.csv"),))
+
+
+def _words(name: object) -> str:
+    return str(name).replace("_", " ")
+
+
+def _is_percent(metric: str) -> bool:
+    return metric.endswith("accuracy")
+
+
+def _in_words(attribute: str, metric: str, values: pd.DataFrame) -> str:
+    title = " ".join(part for part in (_words(attribute), _METRICS.get(metric, _words(metric))) if part)
+    known = [f"layer {layer}: {_shown(found.mean(), metric)}" for layer, found in values.groupby("layer")["value"]]
+    return f"Control, {title}: {', '.join(known) or 'none'} (mean over runs)." if known else ""
+
+
+def _shown(value: float, metric: str) -> str:
+    return percent(value) if _is_percent(metric) else number(value)
+
+
+def _layer_figure(study: Study, level: str, attribute: str, metric: str, values: pd.DataFrame) -> Figure:
+    scale = 100.0 if _is_percent(metric) else 1.0
+    kind = next(iter(values["kind"]), "")
+    title = _METRICS.get(metric, _words(metric))
+    if attribute:
+        title = f"{_words(attribute)}{f' ({kind})' if kind else ''}: {title}"
+    encoder = values.loc[values["layer"] == ENCODER_LAYER, "value"]
+    layers = values[values["layer"] > ENCODER_LAYER].rename(columns={"layer": "x", "value": "y"})
+    panel = Panel(
+        id=f"c-{level}-{attribute}-{metric}".replace("_", "-").replace(" ", "-"),
+        title=title,
+        x_label="decoder layer (0: its input)",
+        series=[_series(study, v, layers, scale, "layer", regularised_layers(study, v)) for v in study.variants],
+        reference=scale * float(encoder.mean()) if len(encoder) else None,
+        most=100.0 if scale == 100 else None,
+        least_span=0.02 * scale,
+        whole_steps=True,
+    )
+    return Figure(title, lines(panel))
+
+
+def _series(
+    study: Study, variant: str, values: pd.DataFrame, scale: float, what: str, ringed: Iterable[float] = ()
+) -> Series:
+    """Return a variant's line from columns variant, seed, x, y."""
+    points = _points(values[values["variant"] == variant], scale, f"{variant}, {what}", set(ringed))
+    return Series(study.variants.index(variant), variant, points, is_light(study, variant))
+
+
+def _points(values: pd.DataFrame, scale: float, what: str, ringed: Collection[float] = ()) -> list[Point]:
+    """Return mean, lowest and highest over the seeds at every x, from columns seed, x, y."""
+    points = []
+    for place, found in values.dropna(subset=["y"]).groupby("x", sort=True):
+        seeds = dict(zip(found["seed"], scale * found["y"].astype(float), strict=True))
+        mean, low, high = math.fsum(seeds.values()) / len(seeds), min(seeds.values()), max(seeds.values())
+        digits = 0.1 if scale == 100 else 0.0
+        shown = ", ".join(f"seed {seed}: {number(value, digits)}" for seed, value in sorted(seeds.items()))
+        if len(seeds) > MOST_SEEDS:
+            shown = f"{number(low, digits)} to {number(high, digits)} over {len(seeds)} seeds"
+        end = ", regularised" if place in ringed else ""
+        title = f"{what} {place:g}{end}: {number(mean, digits)} ({shown})"
+        points.append(Point(float(place), mean, low, high, title, place in ringed))
+    return points
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
+def by_step(study: Study, curves: pd.DataFrame) -> Section:
+    """Return validation during the instruct stage: lm_loss, then the accuracy of each question type."""
+    mine = curves[curves["stage"] == learning_curves.INSTRUCT] if not curves.empty else curves
+    if mine.empty:
+        return Section(notes=("Training was not validated (train.validate_every), so there are no learning curves.",))
+    kinds = learning_curves.question_types(mine)
+    mean = mine[kinds].mean(axis=1)
+    figures = [_step_figure(study, mine, mine["lm_loss"], "loss", "lm_loss, nats per token", 1.0)]
+    figures.append(_step_figure(study, mine, mean, "mean", "mean over question types: accuracy, %", 100.0))
+    by_type = [
+        _step_figure(study, mine, mine[kind], f"k{i}", f"{_words(kind)}: accuracy, %", 100.0)
+        for i, kind in enumerate(kinds)
+    ]
+    groups = (Group("Validation during the instruct stage", figures), Group("By question type", by_type, folded=True))
+    return Section(groups, sources=(source(study, "tables/learning_curves.csv"),))
+
+
+def _step_figure(study: Study, curves: pd.DataFrame, values: pd.Series, name: str, title: str, scale: float) -> Figure:
+    known = pd.DataFrame({"variant": curves["variant"], "seed": curves["seed"], "x": curves["step"], "y": values})
+    series = [_series(study, variant, known, scale, "step") for variant in study.variants]
+    most = 100.0 if scale == 100 else None
+    return Figure(title, lines(Panel(f"t-{name}", title, "instruct step", series, most=most, least_span=0.02 * scale)))
+
+
+# --- trained models ------------------------------------------------------------------------------------------
+
+
+def correlation(study: Study, made: Made) -> Section:
+    """Return a scatter of degradation reduction and gain per task, with n and what can be said."""
+    numbers = made[0].set_index("task")
+    figures = []
+    for task in study.tasks:
+        points = trained_models(study, task.task)
+        if points.empty:
+            continue
+        title = marked(task.label, task.data_source)
+        placed, centred = _as_correlated(points)
+        series = []
+        for variant, mine in placed.groupby("variant", sort=False):
+            raw = points.loc[mine.index]
+            told = [_told(*row) for row in zip(raw["variant"], raw["seed"], raw["reduction"], raw["gain"], strict=True)]
+            pairs = zip(100 * mine["reduction"], 100 * mine["gain"], told, strict=True)
+            marks = [Point(x, y, y, y, words) for x, y, words in pairs]
+            series.append(Series(study.variants.index(variant), str(variant), marks, is_light(study, str(variant))))
+        what = "reduction, points" + (", minus the mean of the seed" if centred else "")
+        panel = Panel(f"r-{task.task}", title, what, series, least_span=0.5)
+        figures.append(Figure(title, scatter(panel, "gain, points"), _statement(numbers.loc[task.task])))
+    if not figures:
+        note = "No trained model other than the baseline has both a probe and a score, so there is no correlation."
+        return Section(notes=(note,))
+    return Section((Group("Gain (up) over reduction of degradation (right), one mark per trained model", figures),))
+
+
+def _as_correlated(points: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
+    """Centre over the models of a seed where several share its baseline, as `statistics.correlation` does."""
+    counts = points.groupby("seed")["seed"].transform("size")
+    if counts.max() == 1:
+        return points, False
+    kept = points[counts > 1]
+    columns = ["reduction", "gain"]
+    return kept.assign(**(kept[columns] - kept.groupby("seed")[columns].transform("mean"))), True
+
+
+def _told(variant: str, seed: int, reduction: float, found: float) -> str:
+    values = f"reduction {percent(reduction, signed=True)}, gain {percent(found, signed=True)} points"
+    return f"{variant}-s{seed}: {values} (tables/seeds.csv)"
+
+
+def _statement(row: Mapping[str, object]) -> str:
+    n = row["n_models"]
+    if pd.isna(row["r"]):
+        return f"n = {n} trained models: {row['note'] or 'not defined'}; no claim."
+    r, low, high, rho = (number(float(row[name]), 0.01) for name in ("r", "low", "high", "rho"))  # type: ignore[arg-type]
+    p = p_value(float(row["p"]))  # type: ignore[arg-type]
+    without = " to ".join(number(float(row[f"without_{end}"]), 0.01) for end in ("low", "high"))  # type: ignore[arg-type]
+    return (
+        f"n = {n} trained models: r = {r} [{low}, {high}] ({without} with one model left out), ρ = {rho}, permutation "
+        f"p = {p}."
+    )
+
+
+# --- doses ---------------------------------------------------------------------------------------------------
+
+
+def dose_response(study: Study) -> Section:
+    """Return reduction and gains against the weight or the layer, where variants differ in that alone."""
+    groups, notes = [], []
+    for field in ("weight", "layer"):
+        families = _families(study, field)
+        for family in families:
+            figures = _dose_figures(study, field, family)
+            if figures:
+                groups.append(Group(f"By {field}: {', '.join(family)}", figures))
+        if not families:
+            notes.append(
+                f"No dose-response over the {field}: it needs at least two variants whose regularizer blocks (weight "
+                f"above 0) differ in the {field} alone, run and compared with the baseline."
+            )
+    return Section(groups, notes=notes)
+
+
+def _families(study: Study, field: str) -> list[dict[str, float]]:
+    """Return sets of variants that differ in one field of their regularizer alone: its value by variant."""
+    found: dict[str, dict[str, float]] = {}
+    for config in study.config.variants:
+        block = config.regularizer
+        if block is None or block.weight == 0 or config.name not in study.variants or config.seed_offset:
+            continue
+        layers = regularised_layers(study, config.name)
+        value = float(block.weight) if field == "weight" else float(min(layers, default=-1))
+        rest = block.model_dump(mode="json", exclude={field})
+        found.setdefault(str(sorted(rest.items())), {})[config.name] = value
+    return [family for family in found.values() if len(set(family.values())) > 1]
+
+
+def _dose_figures(study: Study, field: str, family: Mapping[str, float]) -> list[Figure]:
+    if study.baseline is None:
+        return []
+    columns: dict[str, pd.DataFrame] = {}
+    reduced = []
+    for variant, dose in family.items():
+        frame = degradation.reductions(study, study.baseline, variant)
+        reduced.append(pd.DataFrame({"seed": frame["seed"], "x": dose, "y": frame["reduction"]}))
+    columns["reduction of degradation, points"] = pd.concat(reduced)
+    for task in study.tasks:
+        rows = []
+        for variant, dose in family.items():
+            for seed in study.common_seeds(study.baseline, variant, task.task):
+                value = gain(study.runs[study.baseline, seed], study.runs[variant, seed], task.task)
+                rows.append((seed, dose, value))
+        title = f"gain, points: {marked(task.label, task.data_source)}"
+        columns[title] = pd.DataFrame(rows, columns=["seed", "x", "y"])
+    first = next(iter(family))
+    figures = []
+    for i, (title, values) in enumerate(columns.items()):
+        points = _points(values, 100.0, field)
+        if len(points) < 2:
+            continue
+        series = Series(study.variants.index(first), f"variants by {field}", points)
+        panel = Panel(f"d-{field}-{i}-{first}", title, field, [series], least_span=1.0, whole_steps=field == "layer")
+        figures.append(Figure(title, lines(panel)))
+    return figures
