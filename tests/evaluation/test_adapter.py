@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import ImageFile
 
 from prebench.errors import EvaluationError, ModelError
 from prebench.evaluation import scores
+from tests.evaluation import odd_images
 from tests.evaluation.mirror import NUM_IMAGES, QUESTIONS, write_mirror
 
 NAMES = ("prebench", "prebench_baseline", "prebench_pre")
@@ -88,10 +94,71 @@ def _broken(_document: dict) -> list[dict]:
 
 
 @pytest.mark.slow
+def test_under_the_lmms_eval_command_a_failure_ends_the_process(model, task, tiny_export: Path, capfd) -> None:
+    """The command's own function prints every exception and goes on to exit with 0."""
+    from prebench.evaluation.adapter import PrebenchBaseline
+
+    instances = list(task.instances().values())
+    instances[5].arguments = (*instances[5].args[:1], _broken, *instances[5].args[2:])
+
+    def cli_evaluate(what: Callable[[], object]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            what()
+        assert ended.value.code == 2
+
+    cli_evaluate(lambda: model.generate_until(instances))
+    assert "prebench: 1 of 24 documents failed (prebench_easy_vqa document 5: OSError: cut" in capfd.readouterr().err
+    cli_evaluate(lambda: PrebenchBaseline(str(tiny_export)))
+    assert "variant 'pre'" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_truncated_picture_fails_although_lmms_eval_would_fill_it_up(model, task, monkeypatch) -> None:
+    content = odd_images.failing()["truncated"][0]
+
+    def truncated(_document: dict) -> list[dict]:
+        image = {"type": "image", "url": odd_images.opened(content)}
+        return [{"role": "user", "content": [image, {"type": "text", "text": "what?"}]}]
+
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    (instance, *_) = task.instances().values()
+    instance.arguments = (*instance.args[:1], truncated, *instance.args[2:])
+    with pytest.raises(EvaluationError, match="image file is truncated"):
+        model.generate_until([instance])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.slow
+def test_copies_that_fill_up_a_share_change_nothing(model, task) -> None:
+    """lmms-eval repeats the last request of a process that has fewer documents than another."""
+    instances = list(task.instances().values())[:5]
+    answers = model.generate_until(instances)
+    assert model.generate_until([*instances, copy.copy(instances[-1])]) == [*answers, answers[-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "own", "expected"),
+    [("auto", "cuda:1", "cuda:1"), ("cuda", "cuda:1", "cuda:1"), ("auto", "cpu:0", "cpu"), ("cpu", "cuda:1", "cpu")],
+)
+def test_each_process_takes_its_own_device(model, monkeypatch, asked: str, own: str, expected: str) -> None:
+    from prebench.evaluation import adapter
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = SimpleNamespace(num_processes=2, process_index=1, device=torch.device(own))
+    monkeypatch.setattr(adapter, "Accelerator", lambda: seen)
+    assert model._join_processes(asked) == expected
+    assert (model.rank, model.world_size, model.accelerator) == (1, 2, seen)
+    seen.num_processes = 1
+    with pytest.raises(ModelError, match="2 processes were started, but accelerate sees 1"):
+        model._join_processes(asked)
+
+
+@pytest.mark.slow
 def test_unsupported_requests_are_refused(model, task) -> None:
     (instance, *_) = task.instances().values()
-    instance.args[2].update(do_sample=True, temperature=0.5)
-    with pytest.raises(EvaluationError, match="prebench_easy_vqa: asks for sampling"):
+    instance.args[2].update(num_beams=3)
+    with pytest.raises(EvaluationError, match="prebench_easy_vqa: asks for beam search"):
         model.generate_until([instance])
     with pytest.raises(EvaluationError, match="log-likelihood"):
         model.loglikelihood([])
