@@ -109,7 +109,11 @@ def mirror(
     manifest = fill_mirror(folder, loaded, names, tasks, pins, argument)
     size = sum(record["size"] for record in all_files(manifest).values())
     click.echo(f"{folder}: complete for {', '.join(names)} ({size / 1e9:.2f} GB)")
-    click.echo(f"use it with: prebench run --suite {suite} --mirror {folder}")
+    missing = [name for name in loaded.task_names if name not in manifest["tasks"]]
+    if missing:
+        click.echo(f"still missing for suite {loaded.name}: {', '.join(missing)}")
+    else:
+        click.echo(f"use it with: prebench run --suite {suite} --mirror {folder}")
 
 
 def _chosen_tasks(suite: SuiteConfig, chosen: str | None) -> list[str]:

@@ -21,17 +21,20 @@ import yaml
 from click.testing import CliRunner
 
 from prebench.cli import main
+from prebench.config import load_suite
 from prebench.data.download import HubTask, fill_mirror, plan_downloads, read_revisions
 from prebench.data.hub import Hub
 from prebench.data.mirror import open_mirror, verify_mirror
+from prebench.data.quarantine import find_unreadable
 from prebench.errors import ConfigError, DataError
+from prebench.evaluation.request import find_task
 from prebench.images import marked_reason
 from prebench.runtime import file_sha256
 from prebench.schema import SuiteConfig
 from prebench.store import read_json, write_json
 from tests import hub_server
 from tests.evaluation.mirror import write_mirror
-from tests.evaluation.paper_mirror import write_paper_mirror
+from tests.evaluation.paper_mirror import DATA_SETS, write_paper_mirror
 
 GQA, POPE, MMSTAR = "lmms-lab-encoder/GQA", "lmms-lab-encoder/POPE", "Lin-Chen/MMStar"
 TASKS = {
@@ -278,6 +281,27 @@ def test_foreign_folders_and_other_data_are_left_alone(hub, tmp_path):
         open_mirror(folder, suite("pope"), ["pope"])
 
 
+def test_the_benchmarks_of_the_suite_paper_are_found_by_their_definitions(tmp_path, monkeypatch):
+    write_paper_mirror(tmp_path / "published")
+    names = [task.task for task in load_suite("paper").tasks]
+    with hub_server.running() as server:
+        for repo in DATA_SETS:
+            server.publish(repo, tmp_path / "published" / repo)
+        monkeypatch.setattr(Hub.__init__, "__defaults__", (server.url,))
+        arguments = ["mirror", "--suite", "paper", "--to", tmp_path / "mirror", "--tasks", ",".join(names)]
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert "still missing for suite paper: prebench_visual_probe\n" in result.stdout
+    entries = read_json(tmp_path / "mirror" / "mirror.json")["tasks"]
+    assert sorted(entries) == sorted(names)
+    for name in names:
+        source = find_task(name)
+        chosen = [source.dataset_name] if source.dataset_name else []
+        loaded = load(tmp_path / "mirror", source.dataset_path, *chosen, cache=tmp_path / "cache")
+        assert {split: len(rows) for split, rows in loaded.items()} == {source.split: entries[name]["num_docs"]}
+        assert entries[name]["unreadable"] == []
+
+
 # --- pictures that can't be read -----------------------------------------------------------------------------
 
 
@@ -325,6 +349,19 @@ def test_unreadable_pictures_become_markers_and_all_else_stays(hub, folders, tmp
     kept = folder / "unreadable" / "gqa" / entry["unreadable"][1]["sha256"]
     assert kept.read_bytes() == whole[: len(whole) // 2]
     assert verify_mirror(folder) == ([], [])
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_find_what_one_finds(folders, tmp_path, monkeypatch):
+    path = tmp_path / "pictures.parquet"
+    path.write_bytes((folders[GQA] / "testdev_balanced_images.parquet").read_bytes())
+    spoil(path, {1: b"", 5: b"BM"})  # in two row groups
+    done: list[int] = []
+    alone = find_unreadable([path], {"image": False}, False, done.append)
+    assert done == [4, 6] and [picture.row for picture in alone[path]] == [1, 5]
+    monkeypatch.setattr("prebench.data.quarantine.POOL_ROWS", 1)
+    monkeypatch.setattr("prebench.data.quarantine._cores", lambda: 2)
+    assert find_unreadable([path], {"image": False}, False, done.append) == alone
 
 
 def test_a_picture_among_several_is_replaced_alone(hub, tmp_path):
