@@ -145,7 +145,7 @@ def fill_mirror(
         DataError: the folder holds other data or another revision, a download failed, or there is no room.
     """
     check_embedded(suite)
-    with _locked(folder):
+    with mirror_lock(folder):
         manifest = _begin(folder, suite, names, argument)
         _require_revisions(folder, manifest, revisions)
         todo = [name for name in names if not _is_complete(folder, suite, name, manifest, tasks)]
@@ -365,7 +365,7 @@ def _add_part(folder: Path, suite: SuiteConfig, name: str, manifest: dict[str, A
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def mirror_lock(folder: Path) -> Iterator[None]:
     """Hold a mirror for one process.
 
     Raises:

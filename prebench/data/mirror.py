@@ -116,10 +116,11 @@ def open_mirror(
         raise DataError(f"{folder}: no mirror here (no {MANIFEST}); `{command}` makes one (needs a network)")
     manifest = read_manifest(folder, f"`{command}` into another folder makes it again")
     missing = [name for name in names if name not in manifest["tasks"]]
+    for name in names:
+        if name not in missing:
+            check_entry(folder, suite, name, manifest["tasks"][name])
     if missing:
         raise DataError(f"{folder}: this mirror has no {', '.join(missing)}; `{command}` fetches what is missing")
-    for name in names:
-        check_entry(folder, suite, name, manifest["tasks"][name])
     needed = {"tasks": {name: manifest["tasks"][name] for name in names}}
     problems = list(damage(folder, all_files(needed), trusted, sizes_only=trusted is None))
     if problems:

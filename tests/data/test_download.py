@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from prebench.cli import main
 from prebench.config import load_suite
-from prebench.data.download import HubTask, fill_mirror, plan_downloads, read_revisions
+from prebench.data.download import HubTask, fill_mirror, mirror_lock, plan_downloads, read_revisions
 from prebench.data.hub import Hub
 from prebench.data.mirror import open_mirror, verify_mirror
 from prebench.data.quarantine import find_unreadable
@@ -277,6 +277,8 @@ def test_foreign_folders_and_other_data_are_left_alone(hub, tmp_path):
     other = suite(probe=probe | sizes | {"num_test": 3})
     with pytest.raises(DataError, match="another suite's size or seed"):
         fill_mirror(folder, other, other.task_names, [], {}, "other.yaml")
+    with mirror_lock(folder), pytest.raises(DataError, match="another `prebench mirror` fills this folder"):
+        fill_mirror(folder, small, small.task_names, [], {}, "small.yaml")
     with pytest.raises(DataError, match=r"this mirror has no pope; `prebench mirror --suite mine\.yaml --to"):
         open_mirror(folder, suite("pope"), ["pope"])
 
