@@ -36,7 +36,9 @@ def _lmms_eval(mirror: Path, output: Path, model: Path, tasks: str, processes: i
     command += ["--model_args", f"pretrained={model}", "--tasks", tasks, "--batch_size", "1", "--log_samples"]
     command += ["--include_path", str(data_dir("tasks")), "--output_path", str(output)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(mirror / "cache")}
-    settings = offline | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shards = output / "probe"
+    shards.mkdir(parents=True)
+    settings = offline | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PREBENCH_PROBE_DIR": str(shards)}
     return subprocess.run(
         command, cwd=mirror, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=600
     )
@@ -60,6 +62,7 @@ def test_two_processes_give_what_one_gives(tiny_export: Path, mirror: Path, tmp_
         done = _lmms_eval(mirror, output, tiny_export, ",".join(TASKS), processes)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(_results(output))
+        assert len(list(output.glob("probe/features-rank*.safetensors"))) == processes
     assert sorted(found[0][1]) == list(range(15)) and len(set(map(str, found[0][1].values()))) > 5
     assert found[0] == found[1]
     assert set(found[0][0]["prebench_visual_probe"]) >= {"degradation,none", "encoder_accuracy,none"}
