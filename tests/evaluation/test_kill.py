@@ -118,8 +118,8 @@ def test_an_evaluation_killed_at_ten_random_moments(evaluation: Evaluation, tmp_
     evaluation.start(evaluation.request(tmp_path / "undisturbed", None))
     assert evaluation.status() == 0
     expected = samples(tmp_path / "undisturbed")
-    undisturbed = len(evaluation.batches())
-    assert len(expected) == 2 * len(TASKS) and undisturbed > 2 * KILLS
+    assert len(expected) == 2 * len(TASKS)
+    assert len(evaluation.batches()) == DOCUMENTS  # of one each: many moments to kill
 
     killed, answers = tmp_path / "killed", tmp_path / "answers"
     request = evaluation.request(killed, answers)
@@ -127,13 +127,13 @@ def test_an_evaluation_killed_at_ten_random_moments(evaluation: Evaluation, tmp_
     for _ in range(KILLS):
         known, before = num_answers(answers), len(evaluation.batches())
         pid = evaluation.start(request)
-        wanted = known + int(random.integers(0, 7))
+        wanted = known + int(random.integers(0, 5))
         begun = time.monotonic()
         while num_answers(answers) < wanted:
             os.kill(pid, 0)  # fails once it has ended
             assert time.monotonic() - begun < TIMEOUT
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 2 * forks.PAUSE))
+        time.sleep(random.uniform(0, 4 * forks.PAUSE))
         os.kill(pid, signal.SIGKILL)
         assert evaluation.status() == -signal.SIGKILL, "it ended before the moment to kill it"
         computed = evaluation.batches()[before:]
