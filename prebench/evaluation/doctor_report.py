@@ -8,12 +8,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from prebench.evaluation.doctor import Report
+from prebench.evaluation.doctor import Flip, Report
 from prebench.evaluation.prompts import one_line
 from prebench.runtime import git_commit, hardware, versions
 
 SHOWN_FLIPS = 10
 SHOWN_CHARACTERS = 60
+CONTEXT = 20
+"""Characters before the first difference of two answers that are shown."""
 ROUNDING = {"float32": 1e-3, "bfloat16": 1.0}
 """Margins up to this are explained by rounding: logits of 10 to 30, a hundred layers, the number's precision."""
 
@@ -87,14 +89,17 @@ def render(report: Report, model_dir: Path, about: dict[str, Any]) -> str:
 def advice(report: Report) -> list[str]:
     """Return what to do, in sentences."""
     flips = report.flips
+    total = sum(report.kinds.values())
     if not flips:
+        bound = 1 - 0.05 ** (1 / total)
         return [
             f"No flips: in {report.dtype} on this device, answers depend neither on batch size nor order nor "
-            "processes, and they are those of model.generate."
+            f"processes, and they are those of model.generate. With {total} documents, a share of flips above "
+            f"{bound:.2%} would have shown (95% confidence)."
         ]
-    documents, total = len({flip.document for flip in flips}), sum(report.kinds.values())
+    documents = len({flip.document for flip in flips})
     largest = max(flip.margin for flip in flips)
-    share = f"{documents} of {total} documents depend on how they are batched (largest margin {largest:.2g})."
+    share = f"{documents} of {total} answers depend on how they are computed (largest margin {largest:.2g})."
     if largest > ROUNDING.get(report.dtype, 0.0):
         return [
             share,
@@ -123,22 +128,30 @@ def _table(report: Report) -> list[str]:
 
 
 def _flips(report: Report) -> list[str]:
+    by_document: dict[int, list[Flip]] = {}
+    for flip in report.flips:
+        by_document.setdefault(flip.document, []).append(flip)
     lines = []
-    for flip in report.flips[:SHOWN_FLIPS]:
+    for flip, *others in list(by_document.values())[:SHOWN_FLIPS]:
+        also = f" and {len(others)} more" if others else ""
+        pairs = enumerate(zip(flip.expected, flip.found, strict=False))
+        shared = next((place for place, (a, b) in pairs if a != b), 0)
         lines += [
-            f"document {flip.document}, {flip.setting}, margin {flip.margin:.2g}: {_short(flip.question)}",
-            f"  expected {_short(flip.expected)}",
-            f"  found    {_short(flip.found)}",
+            f"document {flip.document}: {_short(flip.question)}, margin {flip.margin:.2g} ({flip.setting}{also})",
+            f"  expected {_short(flip.expected, shared)}",
+            f"  found    {_short(flip.found, shared)}",
         ]
-    more = len(report.flips) - SHOWN_FLIPS
+    more = len(by_document) - SHOWN_FLIPS
     if more > 0:
-        lines.append(f"... and {more} more (--json writes all)")
+        lines.append(f"... and {more} more documents (--json writes all)")
     return [*lines, ""] if lines else []
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + "...")
+def _short(text: str, place: int = 0) -> str:
+    """Quote a text's characters from a little before a place."""
+    start = max(0, place - CONTEXT)
+    cut = text[start : start + SHOWN_CHARACTERS]
+    return repr("..." * (start > 0) + cut + "..." * (start + len(cut) < len(text)))
 
 
 def _gigabytes(number: int) -> str:

@@ -100,7 +100,7 @@ def test_a_flip_is_reported_with_its_margin_and_exit_code_1(
     assert "batch size 64, shuffled" in {flip["setting"] for flip in flips}
     assert not any(flip["setting"].startswith("batch size 1,") for flip in flips)
     assert all(flip["found"] == "no, " + flip["expected"] and flip["margin"] > 0 for flip in flips)
-    assert "1 of 5 documents depend on how they are batched" in result.output
+    assert "1 of 5 answers depend on how they are computed" in result.output
     assert "no, " in result.output and "prebench_pre: lost" in result.output
     assert found["machine"]["versions"]["torch"] and found["advice"]
 
@@ -116,6 +116,16 @@ def test_advice_follows_the_size_of_the_margins() -> None:
     assert "tied within float32's rounding" in advice("float32", 1e-5)
     assert "more than rounding in float32" in advice("float32", 1e-5, 0.5)
     assert "more than rounding in bfloat16" in advice("bfloat16", 3.0)
+
+
+def test_flips_are_shown_by_document_where_the_answers_part() -> None:
+    start = "a very long answer that both of them share, word by word, "
+    flips = [doctor.Flip(n, "q", f"size {s}", f"{start}red", f"{start}blue", 0.5) for s in (4, 16) for n in range(12)]
+    report = doctor.Report("cpu", "bfloat16", 1, {"one image": 20}, (), (doctor.Result("s", 20, None, tuple(flips)),))
+    lines = doctor_report._flips(report)
+    assert lines[0] == "document 0: 'q', margin 0.5 (size 4 and 1 more)"
+    assert "word by word, red'" in lines[1] and "word by word, blue'" in lines[2]
+    assert lines[-2:] == ["... and 2 more documents (--json writes all)", ""]
 
 
 def test_the_margin_is_that_of_the_first_token_that_differs() -> None:
