@@ -15,9 +15,7 @@ from prebench.images import pixel_hash, to_rgb
 from prebench.records import TaskRecord
 from prebench.store import read_json, read_jsonl, read_record
 from tests import hub_server
-from tests.data.test_download import GQA, MMSTAR, POPE, picture, spoil
-from tests.evaluation.mirror import write_mirror
-from tests.evaluation.paper_mirror import write_paper_mirror
+from tests.published import GQA, MMSTAR, POPE, picture, spoil, write_data_sets
 from tests.socket_guard import SocketGuard
 from tests.tiny_study import SETTINGS, assert_refused, command, run_command
 
@@ -86,9 +84,7 @@ def test_a_run_with_embedded_data_opens_no_connection(guard, tmp_path):
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Data sets of which each holds a damaged and an empty picture."""
     root = tmp_path_factory.mktemp("published")
-    write_mirror(root / "more")
-    write_paper_mirror(root / "paper")
-    folders = {GQA: root / "more" / GQA, POPE: root / "paper" / POPE, MMSTAR: root / "paper" / MMSTAR}
+    folders = write_data_sets(root)
     spoil(folders[GQA] / "testdev_balanced_images.parquet", {1: b"\x89PNG\r\n\x1a\nno more", 4: b""})
     spoil(folders[POPE] / "default.parquet", {0: b"", 4: b"JFIF"})
     whole = picture(folders[MMSTAR] / "default.parquet", 2)

@@ -8,14 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -25,61 +21,13 @@ from prebench.config import load_suite
 from prebench.data.download import HubTask, fill_mirror, mirror_lock, plan_downloads, read_revisions
 from prebench.data.hub import Hub
 from prebench.data.mirror import open_mirror, verify_mirror
-from prebench.data.quarantine import find_unreadable
 from prebench.errors import ConfigError, DataError
 from prebench.evaluation.request import find_task
-from prebench.images import marked_reason
 from prebench.runtime import file_sha256
-from prebench.schema import SuiteConfig
 from prebench.store import read_json, write_json
 from tests import hub_server
-from tests.evaluation.mirror import write_mirror
 from tests.evaluation.paper_mirror import DATA_SETS, write_paper_mirror
-
-GQA, POPE, MMSTAR = "lmms-lab-encoder/GQA", "lmms-lab-encoder/POPE", "Lin-Chen/MMStar"
-TASKS = {
-    "gqa": HubTask("gqa", GQA, "testdev_balanced_instructions", "testdev"),
-    "pope": HubTask("pope", POPE, None, "test"),
-    "mmstar": HubTask("mmstar", MMSTAR, None, "val"),
-}
-
-
-def suite(*names: str, **changes: object) -> SuiteConfig:
-    tasks = [{"task": n, "label": n, "data_source": "real", "primary_metric": "exact_match"} for n in names]
-    return SuiteConfig.model_validate(
-        {"name": "mine", "defaults": {"preset": "smoke"}, "tasks": tasks, "probe": None} | changes
-    )
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The data sets as they lie on the Hub."""
-    root = tmp_path_factory.mktemp("published")
-    write_mirror(root / "more")  # its GQA has more pictures
-    write_paper_mirror(root / "paper")
-    found = {GQA: root / "more" / GQA, POPE: root / "paper" / POPE, MMSTAR: root / "paper" / MMSTAR}
-    (found[POPE] / "README.md").write_text("---\nlicense: mit\n---\nObjects, by folders alone.\n")
-    (found[POPE] / "data").mkdir()
-    (found[POPE] / "default.parquet").rename(found[POPE] / "data" / "test-00000-of-00001.parquet")
-    (found[POPE] / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 that nobody needs" * 100)
-    return found
-
-
-@pytest.fixture
-def hub(folders: dict[str, Path]) -> Iterator[hub_server.Hub]:
-    with hub_server.running() as server:
-        for repo, folder in folders.items():
-            server.publish(repo, folder)
-        yield server
-
-
-def fill(folder: Path, server: hub_server.Hub, *names: str, revisions: dict[str, str] | None = None) -> dict:
-    wanted = [TASKS[name] for name in names]
-    return fill_mirror(folder, suite(*names), names, wanted, revisions or {}, "mine.yaml", Hub(server.url))
-
-
-def load(folder: Path, repo: str, *arguments: str, cache: Path) -> datasets.DatasetDict:
-    return datasets.load_dataset(str(folder / repo), *arguments, cache_dir=str(cache))
+from tests.published import GQA, MMSTAR, POPE, TASKS, fill, load, parquet, suite
 
 
 def test_what_tasks_need_is_fetched_at_one_commit_and_nothing_else(hub, folders, tmp_path):
@@ -122,16 +70,10 @@ def test_splits_that_the_description_counts_are_not_missed(hub, folders, tmp_pat
         },
     }
     readme = f"---\n{yaml.safe_dump(front)}---\nCounted.\n".encode()
-    only = {"data/test-1.parquet": _parquet({"answer": ["yes"] * 6}), "README.md": readme}
+    only = {"data/test-1.parquet": parquet({"answer": ["yes"] * 6}), "README.md": readme}
     hub.repos[POPE].commit({**only, "data/train-1.parquet": b"x"})
     fill(tmp_path / "mirror", hub, "pope")
     assert load(tmp_path / "mirror", POPE, cache=tmp_path / "cache")["test"]["answer"] == ["yes"] * 6
-
-
-def _parquet(columns: dict[str, list]) -> bytes:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), buffer)
-    return buffer.getvalue().to_pybytes()
 
 
 def test_a_second_call_fetches_nothing_and_needs_no_network(hub, tmp_path):
@@ -151,7 +93,7 @@ def test_a_new_task_is_added_and_the_others_stay(hub, tmp_path):
 
 
 def test_two_splits_of_one_data_set_share_its_folder(hub, folders, tmp_path):
-    rows = _parquet({"answer": ["no"] * 5})
+    rows = parquet({"answer": ["no"] * 5})
     hub.publish(POPE, folders[POPE], **{"data/train-00000-of-00001.parquet": rows})
     tasks = [TASKS["pope"], HubTask("pope_train", POPE, None, "train")]
     both, one = suite("pope", "pope_train"), suite("pope")
@@ -304,90 +246,6 @@ def test_the_benchmarks_of_the_suite_paper_are_found_by_their_definitions(tmp_pa
         assert entries[name]["unreadable"] == []
 
 
-# --- pictures that can't be read -----------------------------------------------------------------------------
-
-
-def spoil(path: Path, pictures: dict[int, bytes | None], column: str = "image") -> None:
-    """Replace the bytes of pictures in a Parquet file."""
-    table = pq.read_table(path)
-    values = table.column(column).to_pylist()
-    for row, content in pictures.items():
-        values[row] = {"bytes": content, "path": None}
-    index = table.schema.get_field_index(column)
-    field = table.schema.field(index)
-    pq.write_table(table.set_column(index, field, pa.array(values, type=field.type)), path, row_group_size=4)
-
-
-def picture(path: Path, row: int, column: str = "image") -> bytes:
-    return pq.read_table(path).column(column)[row].as_py()["bytes"]
-
-
-def test_unreadable_pictures_become_markers_and_all_else_stays(hub, folders, tmp_path):
-    published = tmp_path / "published"
-    published.mkdir()
-    source = folders[GQA] / "testdev_balanced_images.parquet"
-    content = source.read_bytes()
-    path = published / source.name
-    path.write_bytes(content)
-    whole = picture(path, 2)
-    spoil(path, {0: b"", 2: whole[: len(whole) // 2], 4: b"no picture", 5: None})
-    hub.publish(GQA, folders[GQA], **{source.name: path.read_bytes()})
-    folder = tmp_path / "mirror"
-    entry = fill(folder, hub, "gqa")["tasks"]["gqa"]
-    assert [(r["row"], r["column"], r["split"]) for r in entry["unreadable"]] == [
-        (r, "image", "testdev") for r in (0, 2, 4, 5)
-    ]
-    reasons = [record["reason"] for record in entry["unreadable"]]
-    for reason, part in zip(reasons, ("empty (0 bytes)", "truncated", "cannot identify", "no bytes"), strict=True):
-        assert part in reason and "0x" not in reason
-    rows = load(folder, GQA, "testdev_balanced_images", cache=tmp_path / "cache")["testdev"]
-    before = pq.read_table(path).to_pylist()
-    for number, (row, old) in enumerate(zip(rows, before, strict=True)):
-        assert row["id"] == old["id"]
-        reason = marked_reason(row["image"].convert("RGB"))
-        assert reason == (reasons[(0, 2, 4, 5).index(number)] if number in (0, 2, 4, 5) else None)
-    record = entry["files"][f"{GQA}/{source.name}"]
-    assert record["hub_sha256"] == file_sha256(path) != record["sha256"]
-    kept = folder / "unreadable" / "gqa" / entry["unreadable"][1]["sha256"]
-    assert kept.read_bytes() == whole[: len(whole) // 2]
-    assert verify_mirror(folder) == ([], [])
-
-
-@pytest.mark.slow
-def test_processes_side_by_side_find_what_one_finds(folders, tmp_path, monkeypatch):
-    path = tmp_path / "pictures.parquet"
-    path.write_bytes((folders[GQA] / "testdev_balanced_images.parquet").read_bytes())
-    spoil(path, {1: b"", 5: b"BM"})  # in two row groups
-    done: list[int] = []
-    alone = find_unreadable([path], {"image": False}, False, done.append)
-    assert done == [4, 6] and [picture.row for picture in alone[path]] == [1, 5]
-    monkeypatch.setattr("prebench.data.quarantine.POOL_ROWS", 1)
-    monkeypatch.setattr("prebench.data.quarantine._cores", lambda: 2)
-    assert find_unreadable([path], {"image": False}, False, done.append) == alone
-
-
-def test_a_picture_among_several_is_replaced_alone(hub, tmp_path):
-    image = datasets.Image()
-    bad = {"bytes": b"GIF89a", "path": None}
-    good = image.encode_example(np.zeros((4, 4, 3), dtype=np.uint8))
-    rows = [{"images": [good, bad], "second": None}, {"images": [], "second": good}, {"images": [good], "second": bad}]
-    features = datasets.Features({"images": datasets.List(image), "second": image})
-    path = tmp_path / "several.parquet"
-    pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, path)
-    hub.repos["me/several"] = hub_server.Repo()
-    hub.repos["me/several"].commit({"data/test-0.parquet": path.read_bytes()})
-    task = HubTask("several", "me/several", None, "test")
-    entry = fill_mirror(tmp_path / "m", suite("several"), ["several"], [task], {}, "s", Hub(hub.url))["tasks"][
-        "several"
-    ]
-    found = [(r["row"], r["column"], r["item"]) for r in entry["unreadable"]]
-    assert found == [(0, "images", 1), (2, "second", None)]
-    loaded = load(tmp_path / "m", "me/several", cache=tmp_path / "cache")["test"]
-    marked = [[marked_reason(i.convert("RGB")) is not None for i in row["images"]] for row in loaded]
-    assert marked == [[False, True], [], [False]]
-    assert [row["second"] and row["second"].size == (4, 4) for row in loaded] == [None, True, False]
-
-
 # --- the real command line ----------------------------------------------------------------------------------
 
 
@@ -406,7 +264,7 @@ def test_a_killed_mirror_goes_on_with_the_commit_that_it_began_with(hub, folders
     folder, file = tmp_path / "mirror", tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(suite("mmstar", "pope").model_dump(mode="json")))
     blob = np.random.default_rng(0).bytes(30_000_000)
-    big = _parquet({"question": ["?"], "blob": [blob]})
+    big = parquet({"question": ["?"], "blob": [blob]})
     hub.publish(POPE, folders[POPE], **{"data/test-00001-of-00002.parquet": big})
     hub.seconds_per_chunk = 0.002
     line, environment = command(hub, "--suite", file, "--to", folder)
