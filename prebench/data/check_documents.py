@@ -35,10 +35,10 @@ def check_documents(folder: Path, count: int, seed: int = 0) -> list[tuple[str, 
         found = ask(scene, scene_rng(seed, "test", index, stream=2), QUESTIONS_PER_IMAGE)
         texts = [question.text + question.suffix for question in found]
         own = (str(path),)
-        documents += [(text, own) for text in [*texts, "describe the image."]]
-        documents.append((f"{index}: {texts[0]}", ()))
         if previous:
             documents.append((f"which image has more objects? {texts[-1]}", (*previous, *own)))
+        documents += [(text, own) for text in [*texts, "describe the image."]]
+        documents.append((f"{index}: {texts[0]}", ()))
         previous = own
         index += 1
     return documents[:count]

@@ -135,7 +135,7 @@ def _flips(report: Report) -> list[str]:
     for flip, *others in list(by_document.values())[:SHOWN_FLIPS]:
         also = f" and {len(others)} more" if others else ""
         pairs = enumerate(zip(flip.expected, flip.found, strict=False))
-        shared = next((place for place, (a, b) in pairs if a != b), 0)
+        shared = next((place for place, (a, b) in pairs if a != b), min(len(flip.expected), len(flip.found)))
         lines += [
             f"document {flip.document}: {_short(flip.question)}, margin {flip.margin:.2g} ({flip.setting}{also})",
             f"  expected {_short(flip.expected, shared)}",
