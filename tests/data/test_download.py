@@ -114,6 +114,7 @@ def test_revisions_of_another_mirror_are_repeated_after_the_branch_moved(hub, fo
         {t: {n: r["sha256"] for n, r in e["files"].items()} for t, e in m["tasks"].items()} for m in (first, second)
     ]
     assert hashes[0] == hashes[1]
+    assert second["revisions"] == first["revisions"] != {repo: hub.repos[repo].branches["main"] for repo in pins}
     with pytest.raises(DataError, match=r"holds lmms-lab-encoder/POPE at .*name another folder"):
         fill(tmp_path / "first", hub, "pope", revisions={POPE: hub.repos[POPE].branches["main"]})
 
