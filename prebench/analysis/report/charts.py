@@ -139,13 +139,19 @@ def scatter(panel: Panel, y_label: str) -> Markup:
     return _markup(root)
 
 
-def forest(name: str, title: str, rows: Sequence[Interval]) -> Markup:
-    """Draw differences with their intervals below each other around zero."""
+def forest(name: str, title: str, rows: Sequence[Interval], scale: Sequence[float]) -> Markup:
+    """Draw differences with their intervals below each other around zero.
+
+    Args:
+        name: unique on the page.
+        title: what is compared.
+        rows: from top to bottom.
+        scale: values that the scale holds, so that charts side by side have the same one.
+    """
     height = ROW * len(rows) + 30
     words = "; ".join(f"{row.label}: {row.text}" for row in rows)
     root = _root(name, title, f"{words}.", height)
-    ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None]
-    low, high = _padded([0.0, *ends], 1.0)
+    low, high = _padded([0.0, *scale], 1.0)
     x = _Axis(low, high, 12, WIDTH - RIGHT)
     marks = ticks(low, high)
     for mark in marks:
@@ -212,7 +218,8 @@ def _group(root: ElementTree.Element, series: Series) -> ElementTree.Element:
 def _scales(panel: Panel) -> tuple[_Axis, _Axis]:
     points = [point for series in panel.series for point in series.points]
     across = sorted({point.x for point in points}) or [0.0, 1.0]
-    up = [end for point in points for end in (point.low, point.high)]
+    up = [point.y for point in points]
+    up += [end for series in panel.series if not series.light for p in series.points for end in (p.low, p.high)]
     up += [] if panel.reference is None else [panel.reference]
     low, high = _padded(up or [0.0, 1.0], panel.least_span)
     if panel.most is not None:

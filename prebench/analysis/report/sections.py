@@ -24,7 +24,9 @@ def benchmarks(study: Study) -> Section:
     if compared:
         tables.append(_differences(study, compared))
     notes += dict.fromkeys(note for found in compared for note in found.notes)
-    figures = [_forest(found) for found in compared if found.tasks]
+    ends = [(row.difference, row.low, row.high) for found in compared for row in found.tasks]
+    scale = [100 * end for row in ends for end in row if end is not None]
+    figures = [_forest(found, scale) for found in compared]
     heading = f"Differences from {study.baseline}, in points, with 95% intervals"
     groups = (Group(heading, figures, "Filled: a difference after Holm's correction."),) if figures else ()
     return Section(groups, tables, tuple(dict.fromkeys(notes)))
@@ -123,7 +125,7 @@ def _pairs(study: Study, found: Comparison, row: TaskComparison) -> str:
     return "\n".join(lines)
 
 
-def _forest(found: Comparison) -> Figure:
+def _forest(found: Comparison, scale: Sequence[float]) -> Figure:
     rows = []
     for row in found.tasks:
         shown = _with_interval(row)
@@ -133,7 +135,7 @@ def _forest(found: Comparison) -> Figure:
         decided = row.verdict in (HIGHER, LOWER)
         rows.append(Interval(label, shown, 100 * row.difference, low, high, title, decided))
     title = f"{found.b} against {found.a}"
-    return Figure(title, forest(f"f-{found.b}", title, rows))
+    return Figure(title, forest(f"f-{found.b}", title, rows, scale))
 
 
 # --- tables as the CSV files have them -----------------------------------------------------------------------

@@ -106,7 +106,6 @@
     if (data.images[doc.image]) {
       const image = add(card, "img");
       image.alt = `picture ${doc.image} of document ${doc.doc}`;
-      image.loading = "lazy";
       image.src = data.images[doc.image];
     } else {
       add(card, "p", doc.image ? "picture missing" : "no picture", "none");
