@@ -23,12 +23,21 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         StoreError: the folder can't be written (permissions, full disk).
     """
+    write_chunks(path, [content])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file's content piece by piece, for one that is larger than memory; else as `write_bytes`.
+
+    Raises:
+        StoreError: the folder can't be written (permissions, full disk).
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)

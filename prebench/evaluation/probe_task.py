@@ -14,7 +14,6 @@ Which attributes, and which of them is the reference: the environment variable P
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from prebench.errors import EvaluationError
-from prebench.probe.extract import ProbeFeatures
+from prebench.probe.features import ProbeFeatures
 from prebench.probe.summary import ENCODER, probe_rows
 from prebench.records import ProbeRow, to_dict
 from prebench.schema import AttributeConfig
@@ -45,6 +44,7 @@ DEFAULT_ATTRIBUTES = (
 )
 DEFAULT_REFERENCE = "background"
 SIZE_COLUMN = "prebench_num_docs"
+INDEX_COLUMN = "prebench_doc"
 
 Item = Mapping[str, Any]
 
@@ -70,8 +70,12 @@ def attributes() -> tuple[tuple[AttributeConfig, ...], str]:
 
 
 def process_docs(documents: Any) -> Any:
-    """Note the size of the whole split in every document, so that a part of it (`--limit`) is recognised."""
-    return documents.add_column(SIZE_COLUMN, [len(documents)] * len(documents))
+    """Note the place of every document and the size of the whole split, so that a part of it (`--limit`) is recognised.
+
+    The place gives the images one order, whichever process answered which of them.
+    """
+    numbered = documents.add_column(INDEX_COLUMN, list(range(len(documents))))
+    return numbered.add_column(SIZE_COLUMN, [len(documents)] * len(documents))
 
 
 def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, Item]:
@@ -91,7 +95,7 @@ def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict
             raise EvaluationError(f"prebench_visual_probe: the data set has no column {attribute.name!r}")
         labels[attribute.name] = int(document[attribute.name])
     item = {"shard": shard, "row": row, "labels": labels, "subset": document["subset"]}
-    item["num_docs"] = document[SIZE_COLUMN]
+    item |= {"num_docs": document[SIZE_COLUMN], "index": document.get(INDEX_COLUMN, 0)}
     return dict.fromkeys(("mid_depth_accuracy", "encoder_accuracy", "degradation"), item)
 
 
@@ -124,26 +128,17 @@ def _rows(items: Sequence[Item]) -> tuple[ProbeRow, ...]:
 @lru_cache(maxsize=2)
 def _fit(items_json: str, _config: str) -> tuple[ProbeRow, ...]:
     """Fit all probes once for the three metrics; keyed on the content of items and configuration."""
-    items = json.loads(items_json)
+    items = sorted(json.loads(items_json), key=lambda item: int(item["index"]))
     shards = sorted({item["shard"] for item in items})
     parts = [ProbeFeatures.load(Path(shard)) for shard in shards]
     offsets = dict(zip(shards, np.cumsum([0, *(len(part) for part in parts[:-1])]), strict=True))
     order = np.array([offsets[item["shard"]] + item["row"] for item in items])
-    features = _take(ProbeFeatures.concatenate(parts), order)
+    features = ProbeFeatures.concatenate(parts).take(order)
     chosen, _ = attributes()
     labels = {a.name: np.array([item["labels"][a.name] for item in items]) for a in chosen}
     rows = probe_rows(features, labels, np.array([item["subset"] for item in items]), chosen)
     write_json(Path(shards[0]).with_name(LAYERS_FILE), [to_dict(row) for row in rows])
     return tuple(rows)
-
-
-def _take(features: ProbeFeatures, order: np.ndarray) -> ProbeFeatures:
-    arrays = {
-        field.name: getattr(features, field.name)[order]
-        for field in dataclasses.fields(features)
-        if isinstance(getattr(features, field.name), np.ndarray)
-    }
-    return dataclasses.replace(features, **arrays)
 
 
 def _accuracies(rows: Sequence[ProbeRow]) -> tuple[dict[int, float], int]:

@@ -25,6 +25,13 @@ ImageAttention = Literal["causal", "image", "prompt"]
 
 ATTENTION: dict[str, ImageAttention] = {"gemma3": "image", "paligemma": "prompt"}
 """What image tokens see besides all that stands before them, by `model_type`; nothing more, unless listed here."""
+TESTED = (
+    *("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"),
+    *("idefics3", "smolvlm", "paligemma", "gemma3"),
+)
+"""Values of `model_type` whose attention a test holds; that of another is measured before its prefix is trusted."""
+STRETCHED = ("llava_next", "llava_onevision", "idefics3", "smolvlm")
+"""Architectures that stretch an image to the view of the whole, though their processor also crops or pads (tiles)."""
 WHOLE_VIEW_LAST = ("internvl", "idefics3", "smolvlm")
 """Architectures that put an image's tiles before the view of the whole image; the others put them behind it."""
 PROJECTORS = ("multi_modal_projector", "connector", "visual.merger")

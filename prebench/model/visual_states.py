@@ -14,7 +14,7 @@ architectures is in `prebench.model.architectures`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from prebench.errors import ModelError
 
+Visitor = Callable[[int, Tensor], None]
 NAMED_LAYERS = {"quarter": 0.25, "half": 0.5, "three_quarters": 0.75, "last": 1.0}
 
 
@@ -88,9 +89,10 @@ class VisualStates:
     `mask_BT`, [B, T] bool, tells the visual tokens; line breaks between them are left out once layer 0 was reached.
     """
 
-    def __init__(self, mask_BT: Tensor, newline_D: Tensor | None = None) -> None:
+    def __init__(self, mask_BT: Tensor, newline_D: Tensor | None = None, visit: Visitor | None = None) -> None:
         self.mask_BT = mask_BT
         self._newline_D = newline_D
+        self._visit = visit
         self._hidden: dict[int, Tensor] = {}
 
     def record(self, layer: int, hidden_BTD: Tensor) -> None:
@@ -98,7 +100,10 @@ class VisualStates:
         if layer == 0 and layer not in self._hidden and self._newline_D is not None:
             newline = self._newline_D.detach().to(hidden_BTD)
             self.mask_BT = self.mask_BT & (hidden_BTD != newline).any(dim=-1)
-        self._hidden.setdefault(layer, hidden_BTD)
+        if self._visit is not None:
+            self._visit(layer, hidden_BTD[self.mask_BT])
+        else:
+            self._hidden.setdefault(layer, hidden_BTD)
 
     def at(self, layer: int) -> Tensor:
         """Return the visual tokens at a layer, [M, D]: all images' tokens one after another, M = sum of N_p."""
@@ -110,19 +115,22 @@ class VisualStates:
 
 
 @contextmanager
-def capture(model: nn.Module, input_ids: Tensor, layers: Iterable[int]) -> Iterator[VisualStates]:
+def capture(
+    model: nn.Module, input_ids: Tensor, layers: Iterable[int], visit: Visitor | None = None
+) -> Iterator[VisualStates]:
     """Record the visual tokens at `layers` (0..L) during the forward pass inside the `with` block.
 
     Args:
         model: a multimodal model in transformers' layout (unwrapped).
         input_ids: [B, T], the prompt of that forward pass; tells which tokens are visual.
         layers: layer indices as defined in this module's docstring.
+        visit: is called with each layer and its visual tokens, [M, D], when the pass gets there; then nothing is kept.
     """
     decoder = language_model(model)
     blocks = decoder.layers
     assert isinstance(blocks, nn.ModuleList) and isinstance(decoder.norm, nn.Module)
     newline: Any = getattr(getattr(model, "base_model", model), "image_newline", None)
-    states = VisualStates(visual_mask(model, input_ids), newline)
+    states = VisualStates(visual_mask(model, input_ids), newline, visit)
     handles = []
     for layer in sorted({*layers, *(() if newline is None else (0,))}):
         module = blocks[layer] if layer < len(blocks) else decoder.norm

@@ -95,8 +95,7 @@ def fit_linear_probe(
         labels_train, labels_val = rng.permutation(labels_train), rng.permutation(labels_val)
 
     targets = torch.from_numpy(np.searchsorted(classes, labels_train))
-    bytes_per_set = 8 * features_train.shape[0] * max(features_train.shape[2], 1)
-    step = max(1, CHUNK_BYTES // bytes_per_set)
+    step = layers_at_once(features_train.shape[0], features_train.shape[2])
     chosen, correct = [], []
     for start in range(0, features_train.shape[1], step):
         part = [_as_sets(f[:, start : start + step]) for f in (features_train, features_val, features_test)]
@@ -105,6 +104,11 @@ def fit_linear_probe(
         correct.append(right)
     right_NS = np.concatenate(correct, axis=1)
     return ProbeResult(right_NS.mean(axis=0), np.concatenate(chosen), len(labels_test), right_NS)
+
+
+def layers_at_once(num_train: int, dims: int) -> int:
+    """Return how many feature sets are solved together, so that their float64 training features fit `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (8 * max(num_train, 1) * max(dims, 1)))
 
 
 def _check(name: str, subset: str, features: np.ndarray, labels: np.ndarray, sets_and_dims: tuple[int, ...]) -> None:

@@ -7,6 +7,8 @@ docs/probes.md has every formula.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -83,50 +85,67 @@ def patch_structure(tokens: Tensor, assignment: Tensor) -> Tensor:
         tokens: [B, N, D], the visual tokens of B images at one layer.
         assignment: [B, N], 0 = background, i = object i (`assign_patches`).
     """
-    values = tokens.detach().double()
-    ids = assignment.to(values.device)
-    most = int((ids != 0).sum(dim=1).max())
-    result = torch.full((len(values), len(STRUCTURE_METRICS)), torch.nan, dtype=torch.float64, device=values.device)
-    if most < 2:
+    images = zip(tokens.detach(), assignment.cpu().numpy(), strict=True)
+    return torch.stack([ObjectPatches(ids).structure(own) for own, ids in images])
+
+
+class ObjectPatches:
+    """The patches of one image's objects: worked out once, asked at every layer.
+
+    Args:
+        assignment: [N] object ids, 0 = background.
+    """
+
+    def __init__(self, assignment: np.ndarray) -> None:
+        self._patches = torch.from_numpy(np.flatnonzero(assignment))
+        owners = np.unique(assignment[assignment != 0], return_inverse=True)[1].reshape(-1)
+        self._members_OM = torch.from_numpy(owners == np.arange(owners.max(initial=-1) + 1)[:, None]).double()
+        first, second = np.triu_indices(len(owners), 1)
+        same = owners[first] == owners[second]
+        cells = first * len(owners) + second
+        self._same, self._different = torch.from_numpy(cells[same]), torch.from_numpy(cells[~same])
+
+    def structure(self, tokens_ND: Tensor) -> Tensor:
+        """Return the image's patch structure at one layer, [K] float64 on the CPU (`patch_structure`)."""
+        result = torch.full((len(STRUCTURE_METRICS),), torch.nan, dtype=torch.float64)
+        values = tokens_ND.double()
+        longest = values.norm(dim=-1).max()
+        if len(self._patches) < 2 or not math.isfinite(longest):
+            return result
+        raw = values[self._patches.to(values.device)]
+        result[0], result[1] = self._means(*_unit(raw, 0.0))
+        directions, known = _unit(raw - values.mean(dim=0), ZERO_NORM * float(longest))
+        result[2], result[3] = self._means(directions, known)
+        result[4] = self._auc(directions)
         return result
-    # The assigned patches of each image come first; images with fewer keep zeros behind, which no pair counts.
-    order = (ids == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    ids = ids.gather(1, order)
-    centred = values - values.mean(dim=1, keepdim=True)
-    floor = ZERO_NORM * values.norm(dim=-1, keepdim=True).amax(dim=1, keepdim=True)
-    raw_BP = _pair_cosines(values, order, torch.zeros_like(floor))
-    centred_BP = _pair_cosines(centred, order, floor)
 
-    first, second = torch.triu_indices(most, most, offset=1, device=ids.device)
-    known = (ids[:, first] != 0) & (ids[:, second] != 0)
-    same_BP = known & (ids[:, first] == ids[:, second])
-    different_BP = known & (ids[:, first] != ids[:, second])
-    columns = [_mean(c, which) for c in (raw_BP, centred_BP) for which in (same_BP, different_BP)]
-    columns.append(_auc(centred_BP, same_BP, different_BP))
-    finite = torch.isfinite(values).all(dim=2).all(dim=1)
-    return torch.where(finite[:, None], torch.stack(columns, dim=1), result)
+    def _means(self, unit_MD: Tensor, known: int) -> tuple[float, float]:
+        """Return the mean cosine over same-object and over different-object pairs, from the objects' sums: O(M D)."""
+        sums = self._members_OM.to(unit_MD.device) @ unit_MD
+        objects = float(sums.square().sum())
+        same = (objects - known) / 2  # a direction times itself is 1 and no pair
+        different = (float(sums.sum(dim=0).square().sum()) - objects) / 2
+        return _over(same, len(self._same)), _over(different, len(self._different))
 
-
-def _pair_cosines(vectors_BND: Tensor, order_BM: Tensor, floor_B11: Tensor) -> Tensor:
-    """Return the cosines of the unordered pairs of the picked tokens, [B, M (M - 1) / 2]; 0 at or below the floor."""
-    picked = vectors_BND.gather(1, order_BM[..., None].expand(-1, -1, vectors_BND.shape[2]))
-    norm = picked.norm(dim=-1, keepdim=True)
-    unit = torch.where(norm > floor_B11, picked / norm, 0.0)
-    cosines = unit @ unit.transpose(1, 2)
-    first, second = torch.triu_indices(cosines.shape[1], cosines.shape[1], offset=1, device=cosines.device)
-    return cosines[:, first, second]
+    def _auc(self, unit_MD: Tensor) -> float:
+        """Return the Mann-Whitney probability P(same > different) + P(same = different) / 2."""
+        if len(self._same) == 0 or len(self._different) == 0:
+            return math.nan
+        cosines = (unit_MD @ unit_MD.T).flatten().cpu()
+        same, different = (
+            np.sort(cosines[cells].round(decimals=TIE_DECIMALS).numpy()) for cells in (self._same, self._different)
+        )
+        below = np.searchsorted(different, same, side="left")
+        not_above = np.searchsorted(different, same, side="right")
+        return float(below.sum() + not_above.sum()) / 2 / len(same) / len(different)
 
 
-def _mean(values_BP: Tensor, which_BP: Tensor) -> Tensor:
-    # 0 / 0 is the NaN of an image without such pairs
-    return torch.where(which_BP, values_BP, 0.0).sum(dim=1) / which_BP.sum(dim=1)
+def _unit(vectors_MD: Tensor, floor: float) -> tuple[Tensor, int]:
+    """Return the vectors' directions, zero at or below the floor, and how many are above it."""
+    norm = vectors_MD.norm(dim=-1, keepdim=True)
+    known = norm > floor
+    return vectors_MD * torch.where(known, norm.reciprocal(), 0.0), int(known.sum())
 
 
-def _auc(values_BP: Tensor, same_BP: Tensor, different_BP: Tensor) -> Tensor:
-    """Return the Mann-Whitney probability P(same > different) + P(same = different) / 2 of each row, [B]."""
-    values = values_BP.round(decimals=TIE_DECIMALS)
-    sorted_different = torch.where(different_BP, values, torch.inf).sort(dim=1).values
-    below = torch.searchsorted(sorted_different, values, right=False)
-    not_above = torch.searchsorted(sorted_different, values, right=True)
-    wins = torch.where(same_BP, (below + not_above).double() / 2, 0.0).sum(dim=1)
-    return wins / (same_BP.sum(dim=1) * different_BP.sum(dim=1))
+def _over(total: float, count: int) -> float:
+    return total / count if count else math.nan

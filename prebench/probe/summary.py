@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from prebench.errors import DataError, did_you_mean
-from prebench.probe.extract import ProbeFeatures
-from prebench.probe.global_probe import fit_linear_probe
+from prebench.probe.diagnostics import ENCODER, decoded_rows, model_rows, similarity_rows, statistics_rows
+from prebench.probe.features import ProbeFeatures
+from prebench.probe.global_probe import fit_linear_probe, layers_at_once
 from prebench.records import ProbeRow
 from prebench.runtime import derive_seed
 
-ENCODER = -1
-"""The layer number of the vision encoder's output (the reference R) in a row."""
 SUBSETS = ("train", "val", "test")
+FEW_SHOT = (10, 100)
+"""Training images per class of the few-shot probes."""
 
 
 class AttributeLike(Protocol):
@@ -38,11 +39,13 @@ def probe_rows(
     subsets: np.ndarray,
     attributes: Sequence[AttributeLike],
 ) -> list[ProbeRow]:
-    """Return every probe value of a model: linear probes per attribute and layer, and patch structure per layer.
+    """Return every probe value of a model.
 
-    Rows of level "global" have the metric "accuracy" at each layer, and as a control "shuffled_label_accuracy" at the
-    encoder and the middle layer. Rows of level "patch" come from the test images; a value that no image defines has no
-    row. Layer -1 is the vision encoder.
+    Level "global": linear probes per attribute. The metric "accuracy" stands at each layer, "accuracy_10_per_class"
+    and "accuracy_100_per_class" where every class has as many training images; controls are "shuffled_label_accuracy"
+    at the encoder and the middle layer and "raw_pixel_accuracy", which has no layer, at the encoder's. Level "patch":
+    patch structure per layer, from the test images; a value that no image defines has no row. The other levels need no
+    labels (`prebench.probe.diagnostics`). Layer -1 is the vision encoder.
 
     Args:
         features: of n images.
@@ -61,41 +64,111 @@ def probe_rows(
             f"{subsets.shape} with {', '.join(sorted({str(s) for s in subsets.reshape(-1)}))}"
         )
     rows: list[ProbeRow] = []
+    extra: list[ProbeRow] = []
     for attribute in attributes:
         if attribute.name not in labels:
             hint = did_you_mean(attribute.name, labels)
             raise DataError(f"probe attribute {attribute.name!r}: the data set has no such labels{hint}")
-        rows += _global_rows(features, np.asarray(labels[attribute.name]), subsets, attribute)
-    return rows + _structure_rows(features, subsets == "test")
+        probe = _AttributeProbe(features, np.asarray(labels[attribute.name]), subsets, attribute)
+        rows += probe.rows()
+        extra += probe.few_shot_rows() + probe.raw_pixel_rows()
+    rows += _structure_rows(features, subsets == "test")
+    extra += statistics_rows(features) + similarity_rows(features) + decoded_rows(features) + model_rows(features)
+    return rows + extra
 
 
-def _global_rows(
-    features: ProbeFeatures, labels: np.ndarray, subsets: np.ndarray, attribute: AttributeLike
-) -> list[ProbeRow]:
-    if labels.shape != (len(features),):
-        raise DataError(
-            f"probe attribute {attribute.name!r}: labels of shape {labels.shape} for {len(features)} images; "
-            "expected one integer per image"
-        )
-    depth = features.num_layers
-    middle = depth // 2
-    encoder = features.encoder_pooled[:, None]
-    seed = derive_seed("shuffled labels", attribute.name)
-    fits: list[tuple[str, list[int], np.ndarray, int | None]] = [
-        ("accuracy", [ENCODER], encoder, None),
-        ("accuracy", list(range(depth + 1)), features.pooled, None),
-        ("shuffled_label_accuracy", [ENCODER], encoder, seed),
-        ("shuffled_label_accuracy", [middle], features.pooled[:, middle : middle + 1], seed),
-    ]
-    rows = []
-    for metric, layers, values, shuffle_seed in fits:
-        data = [part[subsets == subset] for subset in SUBSETS for part in (values, labels)]
-        result = fit_linear_probe(*data, shuffle_seed=shuffle_seed, name=f"probe attribute {attribute.name!r}")
-        rows += [
-            ProbeRow(layer, depth, "global", attribute.name, attribute.kind, metric, float(accuracy), result.n)
-            for layer, accuracy in zip(layers, result.accuracy, strict=True)
+class _AttributeProbe:
+    """The linear probes of one attribute."""
+
+    def __init__(
+        self, features: ProbeFeatures, labels: np.ndarray, subsets: np.ndarray, attribute: AttributeLike
+    ) -> None:
+        if labels.shape != (len(features),):
+            raise DataError(
+                f"probe attribute {attribute.name!r}: labels of shape {labels.shape} for {len(features)} images; "
+                "expected one integer per image"
+            )
+        self._features, self._labels, self._attribute = features, labels, attribute
+        self._subsets = [np.flatnonzero(subsets == subset) for subset in SUBSETS]
+
+    def rows(self) -> list[ProbeRow]:
+        """Return accuracies on all training images and the control of shuffled labels."""
+        features, middle = self._features, self._features.num_layers // 2
+        encoder = features.encoder_pooled[:, None]
+        seed = derive_seed("shuffled labels", self._attribute.name)
+        return [
+            *self._fit("accuracy", [ENCODER], encoder),
+            *self._fit("accuracy", list(range(features.num_layers + 1)), features.pooled),
+            *self._fit("shuffled_label_accuracy", [ENCODER], encoder, shuffle_seed=seed),
+            *self._fit("shuffled_label_accuracy", [middle], features.pooled[:, middle : middle + 1], shuffle_seed=seed),
         ]
-    return rows
+
+    def few_shot_rows(self) -> list[ProbeRow]:
+        """Return accuracies on few training images per class, the same at every layer; C is chosen on all of "val"."""
+        rows: list[ProbeRow] = []
+        for count in FEW_SHOT:
+            train = self._few(count)
+            if train is not None:
+                metric = f"accuracy_{count}_per_class"
+                rows += self._fit(metric, [ENCODER], self._features.encoder_pooled[:, None], train=train)
+                layers = list(range(self._features.num_layers + 1))
+                rows += self._fit(metric, layers, self._features.pooled, train=train)
+        return rows
+
+    def raw_pixel_rows(self) -> list[ProbeRow]:
+        """Return the accuracy on the scaled-down image itself."""
+        if self._features.pixels is None:
+            return []
+        return self._fit("raw_pixel_accuracy", [ENCODER], self._features.pixels[:, None])
+
+    def _few(self, count: int) -> np.ndarray | None:
+        """Draw `count` training images of each class; return None where a class has fewer, or none has more."""
+        train = self._subsets[0]
+        shuffled = np.random.default_rng(derive_seed("few shot", self._attribute.name, count)).permutation(train)
+        own = [shuffled[self._labels[shuffled] == value] for value in np.unique(self._labels[train])]
+        sizes = [len(images) for images in own]
+        if min(sizes) < count or max(sizes) == count:
+            return None
+        return np.sort(np.concatenate([images[:count] for images in own]))
+
+    def _fit(
+        self,
+        metric: str,
+        layers: Sequence[int],
+        values: np.ndarray,
+        *,
+        train: np.ndarray | None = None,
+        shuffle_seed: int | None = None,
+    ) -> list[ProbeRow]:
+        """Fit and score one probe per layer, some layers at a time: `values`, [n, S, D], may lie on disk."""
+        attribute, depth = self._attribute, self._features.num_layers
+        parts = [self._subsets[0] if train is None else train, *self._subsets[1:]]
+        rows = []
+        for some in _groups(len(layers), layers_at_once(len(parts[0]), values.shape[2])):
+            data = [array for part in parts for array in (values[:, some][part], self._labels[part])]
+            result = fit_linear_probe(*data, shuffle_seed=shuffle_seed, name=f"probe attribute {attribute.name!r}")
+            rows += [
+                ProbeRow(layer, depth, "global", attribute.name, attribute.kind, metric, float(accuracy), result.n)
+                for layer, accuracy in zip(layers[some], result.accuracy, strict=True)
+            ]
+        return rows
+
+
+def _groups(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def accuracy_interval(row: ProbeRow, level: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson interval of a row's accuracy, for this classifier over the population of test images.
+
+    Args:
+        row: a share of `n` test images.
+        level: of confidence.
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(row.value * row.n), row.n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _structure_rows(features: ProbeFeatures, test: np.ndarray) -> list[ProbeRow]:
