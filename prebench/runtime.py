@@ -63,6 +63,24 @@ def prepare_cpu(num_threads: int | None = None) -> None:
     transformers_logging.disable_progress_bar()
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensors (Linux with glibc; nothing happens elsewhere).
+
+    By default it hands large blocks back to the system at once; the page faults that follow took a third of a small
+    model's time. The process' peak stays what it was.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if mallopt is not None:
+        for parameter, value in (
+            (-3, 32 << 20),
+            (-1, 512 << 20),
+            (-2, 64 << 20),
+        ):  # M_MMAP_, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(parameter, value)
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device that `name` asks for; `auto` takes CUDA where there is one.
 

@@ -28,6 +28,7 @@ from lmms_eval.protocol import ChatMessages
 from PIL import ImageFile
 
 from prebench.errors import EvaluationError, ModelError, PrebenchError
+from prebench.evaluation.documents import DecodedOnce
 from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
 from prebench.evaluation.generation import GenerationRequest, generation_settings
 from prebench.evaluation.probe_task import PROBE_DIR_VARIABLE
@@ -143,9 +144,11 @@ class Prebench(lmms):
 
     def _generation_requests(self, requests: list[Instance], asked: list[int]) -> Iterator[GenerationRequest]:
         ranks: dict[tuple[str, str], dict[int, int]] = {}
+        documents: dict[tuple[str, str], DecodedOnce] = {}
         for index in asked:
             task, split = requests[index].args[4:6]
             if (task, split) not in ranks:
+                documents[task, split] = DecodedOnce(self.task_dict[task][split])
                 ranks[task, split] = {d: r for r, d in enumerate(by_image(task, self.task_dict[task][split]))}
 
         def place(index: int) -> tuple[str, str, int]:
@@ -154,7 +157,7 @@ class Prebench(lmms):
 
         for index in sorted(asked, key=place):
             _, doc_to_messages, settings, doc_id, task, split = requests[index].args
-            messages = late_messages(doc_to_messages, self.task_dict[task][split], doc_id)
+            messages = late_messages(doc_to_messages, documents[task, split], doc_id)
             yield GenerationRequest(index, messages, *generation_settings(settings, task))
 
     def _join_processes(self, device: str) -> str:

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     DynamicCache,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from prebench.evaluation.generation import Sampling
 
@@ -78,6 +80,49 @@ def choose(logits_BV: Tensor, rows: Sequence[Row | None]) -> list[int]:
     return tokens
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for tokens to come: they are written behind those that are there, which stay in place.
+
+    transformers' own copies all keys and values at each token, which takes as long as a small model's arithmetic.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
+        """Take rows of another layer's keys and values, each as often as it is named."""
+        super().__init__()
+        assert layer.keys is not None and layer.values is not None
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._buffers = [_with_room(states, rows, room) for states in (layer.keys, layer.values)]
+        self._show(layer.keys.shape[-2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values, [B, H, T, D], and return all."""
+        start, more = self.get_seq_length(), key_states.shape[-2]
+        if start + more > self._buffers[0].shape[-2]:
+            everyone = torch.arange(len(key_states), device=key_states.device)
+            self._buffers = [_with_room(states, everyone, start + more) for states in (self.keys, self.values)]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : start + more] = states
+        return self._show(start + more)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows alone."""
+        room = self._buffers[0].shape[-2] - self.get_seq_length()
+        self._buffers = [_with_room(states, indices, room) for states in (self.keys, self.values)]
+        self._show(self.get_seq_length())
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+def _with_room(states: Tensor, rows: Tensor, room: int) -> Tensor:
+    """Return rows of keys or values, [B, H, T, D], at the start of a tensor with `room` more positions."""
+    batch, heads, length, size = len(rows), *states.shape[1:]
+    buffer = states.new_empty((batch, heads, length + room, size))
+    torch.index_select(states, 0, rows, out=buffer[:, :, :length])
+    return buffer
+
+
 @dataclass(frozen=True)
 class Prefixes:
     """Prefixes that have run."""
@@ -86,11 +131,14 @@ class Prefixes:
     last_states: Tensor
     """[N, D] of the last position, which tell the next token."""
 
-    def select(self, rows: Sequence[int]) -> DynamicCache:
-        """Return a new cache whose row i is that of prefix `rows[i]`; this one stays as it is."""
-        chosen = copy.copy(self.cache)
+    def select(self, rows: Sequence[int], room: int) -> Cache:
+        """Return a new cache whose row i is that of prefix `rows[i]`, with room for more tokens."""
+        indices = torch.tensor(rows, device=self.last_states.device)
+        if all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            return Cache(layers=[RoomyLayer(layer, indices, room) for layer in self.cache.layers])
+        chosen = copy.copy(self.cache)  # a sliding window, say
         chosen.layers = [copy.copy(layer) for layer in self.cache.layers]
-        chosen.batch_select_indices(torch.tensor(rows, device=self.last_states.device))
+        chosen.batch_select_indices(indices)
         return chosen
 
 
@@ -109,8 +157,13 @@ def run_prefixes(model: Any, ids: Sequence[Sequence[int]], features: Mapping[str
     return Prefixes(cache, output.last_hidden_state[:, -1])
 
 
+def next_logits(model: Any, states_BD: Tensor) -> Tensor:
+    """Apply the LM head to the states of one position per row and return [B, V]."""
+    return model.get_output_embeddings()(states_BD)
+
+
 @torch.inference_mode()
-def decode(model: Any, cache: DynamicCache, prefix_length: int, rows: Sequence[Row], eos_ids: Collection[int]) -> None:
+def decode(model: Any, cache: Cache, prefix_length: int, rows: Sequence[Row], eos_ids: Collection[int]) -> None:
     """Continue rows until all have ended; the tokens are added to `Row.new`.
 
     Args:
@@ -140,7 +193,7 @@ def decode(model: Any, cache: DynamicCache, prefix_length: int, rows: Sequence[R
 class _Batch:
     """The tensors of one decoding batch: cache, attention mask and next positions."""
 
-    def __init__(self, model: Any, cache: DynamicCache, prefix_length: int, suffixes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Any, cache: Cache, prefix_length: int, suffixes: Sequence[Sequence[int]]) -> None:
         self._model, self._cache = model, cache
         device = model.device
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
@@ -158,17 +211,16 @@ class _Batch:
 
     def prefill(self) -> Tensor:
         """Run the suffixes and return the logits of each row's next token, [B, V]."""
-        kept, index = torch.unique(self._last, return_inverse=True)  # the head runs on last positions alone
-        logits = self._forward(self._ids, self._positions, kept)
-        return logits[torch.arange(len(index), device=index.device), index]
+        states = self._forward(self._ids, self._positions)
+        return next_logits(self._model, states[torch.arange(len(states), device=states.device), self._last])
 
     def advance(self, tokens: list[int]) -> Tensor:
         """Append one token per row and return the logits of the next, [B, V]."""
         self._mask = torch.cat([self._mask, self._mask.new_ones((len(tokens), 1))], dim=1)
         ids = torch.tensor(tokens, device=self._next.device)
-        logits = self._forward(ids[:, None], self._next[:, None], 1)
+        states = self._forward(ids[:, None], self._next[:, None])
         self._next = self._next + 1
-        return logits[:, -1]
+        return next_logits(self._model, states[:, -1])
 
     def keep(self, positions: list[int]) -> None:
         """Drop all other rows."""
@@ -176,13 +228,12 @@ class _Batch:
         self._cache.batch_select_indices(index)
         self._mask, self._next = self._mask[index], self._next[index]
 
-    def _forward(self, ids: Tensor, positions: Tensor, logits_to_keep: Tensor | int) -> Tensor:
-        output = self._model(
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        output = self._model.model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._mask,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
         )
-        return output.logits
+        return output.last_hidden_state

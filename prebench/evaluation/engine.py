@@ -1,4 +1,4 @@
-"""The evaluation engine: greedy answers of a LLaVA-type model, many at a time, equal to one at a time.
+"""The evaluation engine: answers of a LLaVA-type model, many at a time, equal to one at a time.
 
 Requests that share a prefix (system prompt + image) are answered together: the image is preprocessed once, the prefix
 runs once, all its questions continue from its cache in one batch. Answers depend on the weights and the question alone,
@@ -8,20 +8,21 @@ goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from prebench.errors import ModelError
-from prebench.evaluation.decoding import Prefixes, Row, Sampler, choose, decode, run_prefixes
+from prebench.evaluation.decoding import Prefixes, Row, Sampler, choose, decode, next_logits, run_prefixes
 from prebench.evaluation.generation import Answer, GenerationRequest, Known, truncate
 from prebench.evaluation.prompts import Encoded, Images, PromptBuilder, context_length, one_line
 from prebench.evaluation.reading import Job, Window, read_windows
-from prebench.runtime import choose_device, choose_dtype, derive_seed, prepare_cpu
+from prebench.runtime import choose_device, choose_dtype, derive_seed, keep_freed_memory, prepare_cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
 
     from prebench.probe.extract import ProbeFeatures
 
-DEFAULT_TOKEN_BUDGET = 16_384
+T = TypeVar("T")
+
+DEFAULT_TOKEN_BUDGET = 0
+"""Chosen by the memory that is free."""
+SMALLEST_BUDGET = 512
+LARGEST_BUDGET = {"cpu": 16_384, "cuda": 131_072}
+"""More tokens in a batch are no faster."""
+MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
+"""Of the free memory, for a batch."""
 PLANNED_NEW_TOKENS = 64
 """Most answers are far shorter than their limit: the budget plans with at most this many new tokens."""
 SUPPORTED = ("llava", "llava_next", "vipllava")
@@ -55,15 +64,18 @@ class Engine:
             model_dir: the folder with config.json, processor and weights.
             device: "auto", "cpu" or "cuda".
             dtype: "auto" (bfloat16 on CUDA, float32 on a CPU), "float32" or "bfloat16".
-            token_budget: largest number of tokens (rows x positions) in one batch; halves by itself where memory ends.
+            token_budget: largest number of tokens (rows x positions) in one batch; 0: what the free memory holds. It
+                halves by itself where memory ends.
 
         Raises:
             ModelError: the folder holds no supported model.
         """
         prepare_cpu()
+        keep_freed_memory()
         self.device = choose_device(device)
-        self.token_budget = token_budget
         self.model, self.processor = load_model(model_dir, self.device, choose_dtype(dtype, self.device))
+        self.token_budget = token_budget or free_budget(self.model)
+        self._memory_ended = False
         self._tokenizer = self.processor.tokenizer
         self._eos_ids = _eos_ids(self.model, model_dir)
         self._prompts = PromptBuilder(
@@ -80,7 +92,10 @@ class Engine:
         for window in read_windows(self._prompts, requests, known):
             yield from window.answers
             for batch in self._plan(window):
+                self._memory_ended = False
                 yield from self._answer(batch, window.images)
+                if self._memory_ended:
+                    self.token_budget = max(self.token_budget // 2, min(SMALLEST_BUDGET, self.token_budget))
 
     def extract(
         self, images: Sequence[Image.Image], masks: Sequence[np.ndarray | None], batch_size: int = 16
@@ -108,12 +123,10 @@ class Engine:
 
     def _answer(self, groups: list[list[Job]], images: Images) -> Iterator[Answer]:
         """Answer groups of equal prefix length; on an error halve them, until the one that fails stands alone."""
-        try:
-            prefixes = self._prefixes([group[0].encoded for group in groups], images)
-        except COMPUTE_ERRORS as error:
+        prefixes = self._attempt(lambda: self._prefixes([group[0].encoded for group in groups], images))
+        if isinstance(prefixes, str):
             if len(groups) == 1:
-                for job in groups[0]:
-                    yield _failed(job, error)
+                yield from (_failed(job, prefixes) for job in groups[0])
                 return
             half = len(groups) // 2
             yield from self._answer(groups[:half], images)
@@ -139,11 +152,10 @@ class Engine:
 
     def _decode(self, prefixes: Prefixes | None, jobs: list[tuple[int, Job]]) -> Iterator[Answer]:
         """Answer jobs, each with the place of its prefix; on an error halve them."""
-        try:
-            answers = self._continue(prefixes, jobs)
-        except COMPUTE_ERRORS as error:
+        answers = self._attempt(lambda: self._continue(prefixes, jobs))
+        if isinstance(answers, str):
             if len(jobs) == 1:
-                yield _failed(jobs[0][1], error)
+                yield _failed(jobs[0][1], answers)
                 return
             half = len(jobs) // 2
             yield from self._decode(prefixes, jobs[:half])
@@ -152,6 +164,19 @@ class Engine:
         for (_, job), ids in zip(jobs, answers, strict=True):
             yield self._finished(job, ids)
 
+    def _attempt(self, compute: Callable[[], T]) -> T | str:
+        """Return what `compute` gives, or one line of error; where memory ended, later batches are smaller.
+
+        The error itself is let go before anything is tried again: its traceback holds the tensors that were too large.
+        """
+        try:
+            return compute()
+        except COMPUTE_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                self._memory_ended = True
+            return one_line(error)
+
+    @torch.inference_mode()
     def _continue(self, prefixes: Prefixes | None, jobs: list[tuple[int, Job]]) -> list[list[int]]:
         """Return the new tokens of each job."""
         rows = [self._row(job) for _, job in jobs]
@@ -159,14 +184,16 @@ class Engine:
         for number, ((place, _), row) in enumerate(zip(jobs, rows, strict=True)):
             if not row.suffix:  # the prompt ends with its image: the prefix tells the first token
                 assert prefixes is not None
-                (token,) = choose(self._head(prefixes.last_states[place : place + 1]), [row])
+                (token,) = choose(next_logits(self.model, prefixes.last_states[place : place + 1]), [row])
                 if not row.add(token, self._eos_ids):
                     continue
                 row.suffix = (token,)
             alive.append(number)
         if alive:
-            cache = DynamicCache() if prefixes is None else prefixes.select([jobs[number][0] for number in alive])
-            decode(self.model, cache, jobs[0][1].encoded.prefix_length, [rows[i] for i in alive], self._eos_ids)
+            going = [rows[number] for number in alive]
+            room = max(len(row.suffix) + min(row.limit, PLANNED_NEW_TOKENS) for row in going)
+            cache = DynamicCache() if prefixes is None else prefixes.select([jobs[i][0] for i in alive], room)
+            decode(self.model, cache, jobs[0][1].encoded.prefix_length, going, self._eos_ids)
         return [row.new for row in rows]
 
     def _row(self, job: Job) -> Row:
@@ -197,10 +224,6 @@ class Engine:
         inputs = [image for prompt in prompts for image in _inputs(prompt, images)]
         features = {name: self._to_device([image[name] for image in inputs]) for name in inputs[0]}
         return run_prefixes(self.model, [prompt.ids[:length] for prompt in prompts], features)
-
-    @torch.inference_mode()
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
 
     def _to_device(self, tensors: list[Tensor]) -> Tensor:
         tensor = torch.cat(tensors).to(self.device)
@@ -233,13 +256,26 @@ def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> tup
     return model.to(device).eval(), processor
 
 
+def free_budget(model: Any) -> int:
+    """Return how many tokens a batch may have, so that caches and activations fit into the memory that is free."""
+    device, text = model.device, model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * head_size
+    activations = 8 * (text.hidden_size + text.intermediate_size)
+    num_bytes = (2 * cache + activations) * model.dtype.itemsize  # the prefixes' cache, and that of the rows
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    fitting = int(MEMORY_SHARE.get(device.type, 0.25) * free / num_bytes)
+    return max(SMALLEST_BUDGET, min(fitting, LARGEST_BUDGET.get(device.type, 16_384)))
+
+
 def _inputs(prompt: Encoded, images: Images) -> list[dict[str, Tensor]]:
     """Return the features of a prompt's images, none of which is broken (`PromptBuilder.encode`)."""
     return [image.features for key in prompt.images if not isinstance(image := images[key], str)]
 
 
-def _failed(job: Job, error: BaseException) -> Answer:
-    return Answer(job.request.key, None, one_line(error), job.prompt.prompt_hash, job.prompt.image_hash)
+def _failed(job: Job, error: str) -> Answer:
+    return Answer(job.request.key, None, error, job.prompt.prompt_hash, job.prompt.image_hash)
 
 
 def _eos_ids(model: Any, model_dir: Path) -> frozenset[int]:

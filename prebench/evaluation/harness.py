@@ -26,6 +26,7 @@ from prebench.errors import EvaluationError, StoreError
 from prebench.evaluation import scores
 from prebench.evaluation.adapter import late_messages, probe_answers
 from prebench.evaluation.answers import AnswerLog, answer_file, decided_by
+from prebench.evaluation.documents import DecodedOnce
 from prebench.evaluation.engine import Engine
 from prebench.evaluation.generation import Answer, GenerationRequest, generation_settings
 from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
@@ -259,9 +260,10 @@ def _answers(
     log: AnswerLog | None,
 ) -> dict[int, Answer]:
     def requests() -> Iterator[GenerationRequest]:
+        documents = DecodedOnce(loaded.documents)
         for doc_id in scores.side_by_side(loaded.image_ids):
             _, doc_to_messages, settings, *_ = instances[doc_id].args
-            messages = late_messages(doc_to_messages, loaded.documents, doc_id)
+            messages = late_messages(doc_to_messages, documents, doc_id)
             yield GenerationRequest(doc_id, messages, *generation_settings(settings, loaded.name))
 
     answers: dict[int, Answer] = {}

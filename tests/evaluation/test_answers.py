@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from prebench.errors import StoreError
 from prebench.evaluation.answers import AnswerLog, answer_file, decided_by, read_answers
-from prebench.evaluation.engine import Answer, Engine, GenerationRequest
+from prebench.evaluation.engine import Engine
+from prebench.evaluation.generation import Answer, GenerationRequest
 from prebench.evaluation.prompts import Prompt
 from tests.evaluation.mirror import image
 
@@ -230,7 +231,7 @@ def test_known_answers_cost_no_compute(engine: Engine, tmp_path: Path, monkeypat
     path = answer_file(tmp_path, "w0", "gqa")
     with AnswerLog(path, decided_by(engine, "w0")) as log:
         expected = answer_all(engine, log)
-    monkeypatch.setattr(engine.model, "forward", lambda *a, **k: pytest.fail("the model was run"))
+    monkeypatch.setattr(engine.model.model, "forward", lambda *a, **k: pytest.fail("the model was run"))
     with AnswerLog(path, decided_by(engine, "w0")) as log:
         assert {a.key: a for a in engine.generate(requests(), log.known)} == expected
     with AnswerLog(path, decided_by(engine, "w1")) as log:

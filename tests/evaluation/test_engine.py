@@ -143,7 +143,7 @@ def test_images_preprocessed_together_are_what_each_is_alone(engine, size: tuple
 
 def test_known_answers_cost_neither_preprocessing_nor_compute(engine, expected, monkeypatch) -> None:
     monkeypatch.setattr(engine._prompts.images, "_preprocess", lambda ims: pytest.fail("an image was preprocessed"))
-    monkeypatch.setattr(engine.model, "forward", lambda *a, **k: pytest.fail("the model was run"))
+    monkeypatch.setattr(engine.model.model, "forward", lambda *a, **k: pytest.fail("the model was run"))
     image = _image(78)
     requests = [GenerationRequest(i, _messages(f"{i}?", image), 2) for i in range(3)]
     answers = list(engine.generate(requests, known=lambda request, prompt: f"{request.key} {prompt.image_hash}"))
