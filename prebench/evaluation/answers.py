@@ -24,7 +24,8 @@ from prebench.records import content_hash
 from prebench.runtime import versions
 
 if TYPE_CHECKING:
-    from prebench.evaluation.engine import Answer, Engine, GenerationRequest
+    from prebench.evaluation.engine import Engine
+    from prebench.evaluation.generation import Answer, GenerationRequest
     from prebench.evaluation.prompts import Prompt
 
 DECODING_VERSION = 1
