@@ -330,13 +330,21 @@ def test_layer_curves_hold_every_metric_of_the_records(make_study: StudyMaker) -
         frame = pd.read_parquet(path)
         more = frame[(frame["metric"] == "auc") & (frame["layer"] >= 0)].assign(level="spectrum", metric="rank_new")
         control = frame[(frame["attribute"] == "fill") & (frame["layer"] == 2)].assign(metric="shuffled_label_accuracy")
-        pd.concat([frame, more, control]).to_parquet(path)
+        pixels = frame[(frame["attribute"] == "fill") & (frame["layer"] == -1)]
+        pixels = pixels.assign(metric="raw_pixel_accuracy", value=0.31)
+        few = frame[frame["metric"] == "accuracy"].assign(metric="accuracy_10_per_class")
+        model = frame[:3].assign(level="model", attribute="", metric="image_tokens_see_the_question", value=1.0)
+        pd.concat([frame, more, control, pixels, few, model[:1].assign(layer=0)]).to_parquet(path)
     html, page = built(folder)
     for words in ("background (unasked): accuracy, %", "fill (asked): accuracy, %", "rank new", "spectrum"):
         assert words in page.text
     assert "pre, layer 2, regularised: 80.0 (seed 0: 80.0, seed 1: 80.0, seed 2: 80.0)" in html
     assert "baseline, layer 2: 69.0 (seed 0: 70.0, seed 1: 69.0, seed 2: 68.0)" in html
-    assert "Control, fill accuracy with shuffled labels, %: layer 2: 99.0" in page.text
+    single = table(html, "single-layers")
+    assert set(zip(single["Layer"], single["pre"], strict=True)) == {("2", "99.0"), ("encoder", "31.0"), ("0", "1.000")}
+    assert any(name.endswith("fill: accuracy with shuffled labels, %") for name in single["Value"])
+    assert "background (unasked): accuracy from 10 images per class, %" in page.text
+    assert "Image tokens attend to the question" in page.text
     assert html.count('class="encoder"') >= 4 and 'class="ring"' in html
 
 

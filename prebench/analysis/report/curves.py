@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from prebench.analysis import degradation, learning_curves, verdict
 from prebench.analysis.join import Study, gain
 from prebench.analysis.plots import PER_ROW
-from prebench.analysis.render import marked, p_value, percent
+from prebench.analysis.render import NOT_DEFINED, marked, p_value, percent
 from prebench.analysis.report.charts import Panel, Point, Series, lines, number, scatter
-from prebench.analysis.report.parts import Figure, Group, Section, source
+from prebench.analysis.report.parts import Cell, Figure, Group, Section, Table, source
 from prebench.analysis.tables import Made, regularised_layers, trained_models
 
 ENCODER_LAYER = -1
 FEWEST_LAYERS = 3
-"""A metric known at fewer decoder layers is no curve: a control, told in words."""
+"""A metric known at fewer decoder layers is no curve: a control, say."""
 MOST_SEEDS = 6
 """Single seeds that a mark's title names."""
 _LEVELS = {
     "global": "What a linear probe decodes from the mean visual token",
     "patch": "How well visual tokens keep objects apart",
+    "statistics": "Statistics of the visual tokens",
+    "similarity": "Likeness of the mean visual token to layer 0 and to the encoder",
+    "lm_head": "What the last layer's visual tokens decode to",
+    "model": "The model",
 }
 _METRICS = {
     "accuracy": "accuracy, %",
+    "accuracy_10_per_class": "accuracy from 10 images per class, %",
+    "accuracy_100_per_class": "accuracy from 100 images per class, %",
+    "shuffled_label_accuracy": "accuracy with shuffled labels, %",
+    "raw_pixel_accuracy": "accuracy from raw pixels, %",
     "auc": "AUC: tokens of one object are more alike",
     "centred_difference": "centred difference: cohesion minus coupling",
     "cohesion": "cohesion: cosine within objects",
     "coupling": "coupling: cosine between objects",
     "contrast_ratio": "contrast ratio: cohesion / coupling",
-    "shuffled_label_accuracy": "accuracy with shuffled labels, %",
+    "cka_layer_0": "linear CKA with layer 0",
+    "cka_encoder": "linear CKA with the encoder",
+    "cknna_layer_0": "CKNNA with layer 0",
+    "cknna_encoder": "CKNNA with the encoder",
+    "top10_share": "share of the ten most frequent tokens, %",
+    "share": "share of the tokens, %",
 }
 
 
@@ -41,52 +54,88 @@ def is_light(study: Study, variant: str) -> bool:
 
 
 def by_layer(study: Study) -> Section:
-    """Return a figure per probed attribute and metric, over the decoder layers."""
+    """Return a figure per probed attribute and metric over the decoder layers, and a table of what has no curve."""
     frames = [run.probe().assign(variant=run.variant, seed=run.seed) for run in study.runs.values()]
     frames = [frame for frame in frames if not frame.empty]
     if not frames:
         return Section(notes=("No run was probed: `prebench probe` does that.",))
     probes = pd.concat(frames, ignore_index=True)
-    order = {name: i for i, name in enumerate(degradation.attributes(study))}
-    groups = []
-    for level in sorted(set(probes["level"]), key=lambda name: list(_LEVELS).index(name) if name in _LEVELS else 9):
+    known = degradation.attributes(study)
+    groups, single = [], []
+    for level in sorted(set(probes["level"]), key=lambda name: (_place(list(_LEVELS), name), name)):
         mine = probes[probes["level"] == level]
-        keys = sorted(set(zip(mine["attribute"], mine["metric"], strict=True)), key=lambda k: (order.get(k[0], 99), k))
-        figures, notes = [], []
+        keys = sorted(set(zip(mine["attribute"], mine["metric"], strict=True)), key=lambda k: (_place(known, k[0]), k))
+        shown: list[Figure] = []
+        folded: list[Figure] = []
         for attribute, metric in keys:
             chosen = mine[(mine["attribute"] == attribute) & (mine["metric"] == metric)]
-            layers = chosen[chosen["layer"] > ENCODER_LAYER]
-            if layers["layer"].nunique() < FEWEST_LAYERS:
-                notes.append(_in_words(attribute, metric, layers))
+            if chosen.loc[chosen["layer"] > ENCODER_LAYER, "layer"].nunique() < FEWEST_LAYERS:
+                single.append(chosen)
             else:
+                figures = folded if level == "global" and metric != "accuracy" else shown
                 figures.append(_layer_figure(study, level, attribute, metric, chosen))
-        groups.append(Group(_LEVELS.get(level, _words(level)), figures, " ".join(notes)))
-    single = ("Single runs: runs/<variant>-s<seed>/probe.parquet, whose hashes stand under Provenance.",)
-    return Section(groups, notes=single, sources=(source(study, "tables/probes.csv"),))
+        heading = _LEVELS.get(level, _words(level))
+        groups += [Group(heading, shown)] if shown else []
+        groups += [Group(f"{heading}: fewer training images", folded, folded=True)] if folded else []
+    tables = (_single_layers(study, single),) if single else ()
+    files = (source(study, "tables/probes.csv"),)
+    where = "Single runs: runs/<variant>-s<seed>/probe.parquet, whose hashes stand under Provenance."
+    return Section(groups, tables, (*_cautions(probes), where), files)
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
 
 
 def _words(name: object) -> str:
     return str(name).replace("_", " ")
 
 
+def _metric(metric: str) -> str:
+    return _METRICS.get(metric) or _words(metric) + (", %" if _is_percent(metric) else "")
+
+
 def _is_percent(metric: str) -> bool:
-    return metric.endswith("accuracy")
+    return "accuracy" in metric or metric.endswith("share")
 
 
-def _in_words(attribute: str, metric: str, values: pd.DataFrame) -> str:
-    title = " ".join(part for part in (_words(attribute), _METRICS.get(metric, _words(metric))) if part)
-    known = [f"layer {layer}: {_shown(found.mean(), metric)}" for layer, found in values.groupby("layer")["value"]]
-    return f"Control, {title}: {', '.join(known) or 'none'} (mean over runs)." if known else ""
+def _single_layers(study: Study, values: Sequence[pd.DataFrame]) -> Table:
+    """Return controls and what else is known at few layers: a row per value and layer, a column per variant."""
+    rows = []
+    for chosen in values:
+        for layer, found in chosen.groupby("layer", sort=True):
+            level, attribute, metric = (str(found[name].iloc[0]) for name in ("level", "attribute", "metric"))
+            parts = [_LEVELS.get(level, _words(level)), _words(attribute), _metric(metric)]
+            cells = [Cell(": ".join(part for part in parts if part))]
+            cells.append(Cell("encoder" if layer == ENCODER_LAYER else str(layer)))
+            scale = 100.0 if _is_percent(metric) else 1.0
+            for variant in study.variants:
+                mine = found[found["variant"] == variant].assign(x=layer, y=found["value"])
+                points = _points(mine, scale, f"runs/{variant}-s<seed>/probe.parquet, layer")
+                text = number(points[0].y, 0.1 if scale == 100 else 0.0) if points else NOT_DEFINED
+                cells.append(Cell(text, points[0].title if points else "no record"))
+            rows.append(cells)
+    header = ["Value", "Layer", *study.variants]
+    return Table("single-layers", "Controls and values at single layers, mean over seeds.", header, rows, heads=2)
 
 
-def _shown(value: float, metric: str) -> str:
-    return percent(value) if _is_percent(metric) else number(value)
+def _cautions(probes: pd.DataFrame) -> list[str]:
+    """Say what a reader of the curves has to know about the model."""
+    model = probes[(probes["level"] == "model") & (probes["value"] == 1)]
+    notes = []
+    if "image_tokens_see_the_question" in set(model["metric"]):
+        notes.append("Image tokens attend to the question in this model: their states hold its text, too.")
+    added = sorted(set(model.loc[model["metric"] == "encoder_features_added", "layer"]))
+    if added:
+        layers = ", ".join(map(str, added))
+        notes.append(f"The model adds features of the vision encoder again at layer {layers}: its curves rise there.")
+    return notes
 
 
 def _layer_figure(study: Study, level: str, attribute: str, metric: str, values: pd.DataFrame) -> Figure:
     scale = 100.0 if _is_percent(metric) else 1.0
     kind = next(iter(values["kind"]), "")
-    title = _METRICS.get(metric, _words(metric))
+    title = _metric(metric)
     if attribute:
         title = f"{_words(attribute)}{f' ({kind})' if kind else ''}: {title}"
     encoder = values.loc[values["layer"] == ENCODER_LAYER, "value"]
@@ -229,7 +278,13 @@ def dose_response(study: Study) -> Section:
                 f"No dose-response over the {field}: it needs at least two variants whose regularizer blocks (weight "
                 f"above 0) differ in the {field} alone, run and compared with the baseline."
             )
-    return Section(groups, notes=notes)
+    if groups:
+        notes.insert(
+            0,
+            "Against the baseline of the same seed, so that weight 0 stands at 0. Line: mean, band: lowest to highest "
+            "seed.",
+        )
+    return Section(groups, notes=notes, sources=(source(study, "tables/seeds.csv"),) if groups else ())
 
 
 def _families(study: Study, field: str) -> list[dict[str, float]]:

@@ -42,7 +42,8 @@ class Album:
         self._tasks: Mapping[str, Any] = {}
         if path.is_file():
             found = read_json(path)
-            self._tasks = found.get("tasks", {}) if isinstance(found, dict) else {}
+            tasks = found.get("tasks") if isinstance(found, dict) else None
+            self._tasks = tasks if isinstance(tasks, dict) else {}
 
     @property
     def found(self) -> bool:
