@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lmms_eval", "pandas", "pillow", "numpy")
 
+MALLOC_PARAMETERS = {
+    "M_MMAP_THRESHOLD": (-3, 32 << 20),
+    "M_TRIM_THRESHOLD": (-1, 512 << 20),
+    "M_TOP_PAD": (-2, 64 << 20),
+}
+"""Number in glibc's malloc.h, and bytes."""
+
 logger = logging.getLogger("prebench")
 
 
@@ -73,11 +80,7 @@ def keep_freed_memory() -> None:
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
     if mallopt is not None:
-        for parameter, value in (
-            (-3, 32 << 20),
-            (-1, 512 << 20),
-            (-2, 64 << 20),
-        ):  # M_MMAP_, M_TRIM_THRESHOLD, M_TOP_PAD
+        for parameter, value in MALLOC_PARAMETERS.values():
             mallopt(parameter, value)
 
 
