@@ -113,11 +113,13 @@ def text(comparison: Comparison, difference: float, power: float, width: int) ->
         f"{comparison.study}: what a difference of {100 * difference:g} points between {comparison.a} and "
         f"{comparison.b} needs ({power:.0%} power, two-sided 5% level)"
     )
-    header = ["task", "seeds now", "SD over seeds", "seeds needed", "range", "images now", "images needed"]
+    header = ["task", "SD", "seeds", "needed", "range", "images", "needed"]
     notes = (
-        "Seeds: for a statement about the training procedure, on this test set. Images: for a statement about these\n"
-        "trained models, over images like these. Range: seeds at the ends of the 95% interval of the SD, which few\n"
-        "seeds know poorly. No correction for several tasks is planned in."
+        "Seeds there are and needed: for a statement about the training procedure, on this\n"
+        "test set. Images: for one about these trained models, over images like these.\n"
+        "SD: of the difference over seeds, in points. Range: seeds needed at the ends of\n"
+        "the SD's 95% interval; few seeds know their SD poorly. No correction for several\n"
+        "tasks is planned in."
     )
     return text_table(title, header, rows, width) + "\n\n" + notes
 
@@ -144,8 +146,8 @@ def _cells(plan: TaskPlan) -> list[str]:
     known = plan.seed_sd is not None
     return [
         plan.label,
-        f"{plan.n_seeds}",
         percent(plan.seed_sd, digits=2),
+        f"{plan.n_seeds}",
         _count(plan.seeds, MAX_SEEDS) if known else NOT_DEFINED,
         " to ".join(_count(end, MAX_SEEDS) for end in plan.seeds_range) if plan.seeds_range else NOT_DEFINED,
         f"{plan.n_images:,}",

@@ -68,7 +68,9 @@ def test_the_spread_of_a_study_is_used(make_study):
     assert same.images == row.n_images
     result = CliRunner().invoke(main, ["plan", "baseline", "pre", "--results", str(folder.parent)])
     assert result.exit_code == 0, result.output
-    assert "Seeds: for a statement about the training procedure" in result.output and "GQA" in result.output
+    narrow = power.text(comparison, 0.01, 0.8, width=80)
+    assert "GQA" in narrow and max(map(len, narrow.splitlines())) <= 82
+    assert "the training procedure" in result.output
 
 
 def test_before_any_study_the_assumptions_are_printed():
