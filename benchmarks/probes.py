@@ -1,6 +1,6 @@
 """What a probe pass costs: against a bare forward pass of the same images, and in memory as images grow.
 
-    python benchmarks/probes.py cost      SmolLM2-135M's architecture with 196 visual tokens, random weights, interleaved
+    python benchmarks/probes.py cost      SmolLM2-135M's architecture, 196 visual tokens, random weights, interleaved
     python benchmarks/probes.py solves    the linear probes and layer statistics of 10,000 images, per image
     python benchmarks/probes.py memory    peak memory of a small model over 1,000 and 50,000 images
 
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,8 @@ class Scenes(Sequence[Any]):
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
         found = render(generate_scene(0, "probe", index))[self._which]
         return found.resize((self._side, self._side)) if isinstance(found, Image.Image) else found
 
@@ -145,8 +148,8 @@ def memory(images: int) -> dict[str, Any]:
     """Return the peak resident memory, less file pages, of extracting features of this many images."""
     model, processor = build(SMALL, 64, 16, 64, 1)
     extract_features(model, processor, Scenes(images, 0, 64), Scenes(images, 1, 64), batch_size=64)
-    with open("/proc/self/status", encoding="ascii") as file:
-        peak = {line.split(":")[0]: int(line.split()[1]) for line in file if line.startswith(("VmHWM", "RssAnon"))}
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    peak = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmHWM", "RssAnon"))}
     return {"images": images, "peak_mib": peak["VmHWM"] / 1024, "anonymous_at_end_mib": peak["RssAnon"] / 1024}
 
 
@@ -170,7 +173,8 @@ def main() -> None:
     else:
         for count in (1000, options.images or 50_000):  # a process each: the peak is that of the process
             command = [sys.executable, __file__, "memory-of", "--images", str(count)]
-            found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603  (this very file)
+            found.append(json.loads(done.stdout))
     for line in found:
         print(json.dumps(line))
 

@@ -160,17 +160,13 @@ def prompt_inputs(model: Any, processor: Any, images: Sequence[Image.Image]) -> 
         The keyword arguments, padded on the right, on the model's device; the first position behind all images.
 
     Raises:
-        ModelError: a prompt without visual tokens.
+        ModelError: the processor fails, or leaves the image out.
     """
-    settings = {"padding": True, "padding_side": "right"}
-    if getattr(processor, "chat_template", None) is None:  # such as PaliGemma's
-        texts = [processor.image_token] * len(images)
-        made = processor(text=texts, images=[[image] for image in images], return_tensors="pt", **settings)
-    else:
-        turns = [[{"role": "user", "content": [{"type": "image", "image": image}]}] for image in images]
-        made = processor.apply_chat_template(
-            turns, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=settings
-        )
+    try:
+        made = _processed(processor, images)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{type(processor).__name__}: the processor makes no prompt of one image: {reason}") from error
     known = inspect.signature(model.base_model.forward).parameters
     inputs = {name: _to_model(model, value) for name, value in made.items() if name in known}
     mask_BT = visual_states.visual_mask(model, inputs["input_ids"])
@@ -180,6 +176,20 @@ def prompt_inputs(model: Any, processor: Any, images: Sequence[Image.Image]) -> 
             "check the processor's chat template and image token"
         )
     return inputs, int(mask_BT.any(dim=0).nonzero().max()) + 1
+
+
+def _processed(processor: Any, images: Sequence[Image.Image]) -> Mapping[str, Any]:
+    settings = {"padding": True, "padding_side": "right"}
+    if getattr(processor, "chat_template", None) is None:  # such as PaliGemma's
+        texts = [processor.image_token] * len(images)
+        made = processor(text=texts, images=[[image] for image in images], return_tensors="pt", **settings)
+    else:
+        turns = [[{"role": "user", "content": [{"type": "image", "image": image}]}] for image in images]
+        made = processor.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=settings
+        )
+    assert isinstance(made, Mapping)
+    return made
 
 
 def cut(inputs: Mapping[str, Any], end: int) -> dict[str, Any]:

@@ -154,6 +154,10 @@ StudyMaker = Callable[..., Path]
 @pytest.fixture
 def make_study(tmp_path: Path) -> StudyMaker:
     """Return a writer: variants with the accuracy of each, and seeds."""
+    return study_maker(tmp_path)
+
+
+def study_maker(tmp_path: Path) -> StudyMaker:
 
     def make(
         accuracies: Mapping[str, float] | None = None,

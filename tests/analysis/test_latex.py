@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from prebench.cli import main
 
-from .conftest import StudyMaker, sample, write_curve, write_task
+from .conftest import sample, study_maker, write_curve, write_task
 
 pytestmark = pytest.mark.latex
 
@@ -36,10 +36,11 @@ DOCUMENT = r"""\documentclass{article}
 """
 
 
-@pytest.fixture
-def sources(make_study: StudyMaker, tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Tables that the command line writes for a study of awkward names, by name."""
-    folder = make_study({"baseline": 0.4, VARIANT: 0.7, "early": 0.5})
+    tmp_path = tmp_path_factory.mktemp("latex")
+    folder = study_maker(tmp_path)({"baseline": 0.4, VARIANT: 0.7, "early": 0.5})
     for run in (folder / "runs").iterdir():
         write_curve(run, [1.5, 1.0, 0.7])
         for task in ("vqav2_val", "pope"):

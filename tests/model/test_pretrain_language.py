@@ -48,6 +48,7 @@ def test_a_phrase_starts_as_the_sum_of_its_words():
             assert torch.allclose(of(phrase), sum(of(word) for word in words) / len(words) ** 0.5)
 
 
+@pytest.mark.slow
 def test_it_learns_and_writes_a_plain_folder(tmp_path):
     processor = build_processor(VisionTowerConfig(pretrained=None), build_tokenizer())
     recipe = dataclasses.replace(LanguageRecipe(), steps=12, batch_size=8, warmup_steps=2)

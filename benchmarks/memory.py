@@ -1,0 +1,93 @@
+"""Peak memory (PSS of the process tree) of the engine on an iterator of documents, for more and more documents.
+
+    python benchmarks/memory.py [--documents 500 5000 50000] [--model DIR]
+
+Every number of documents is answered in a process of its own; its memory is looked at ten times per second. Without a
+model a small random one is made. Pictures are drawn as they are asked for, four questions about each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+QUESTIONS_PER_IMAGE = 4
+INTERVAL = 0.1
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--documents", type=int, nargs="+", default=[500, 5000, 50_000])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--answer", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.answer is not None:
+        _answer(args.model, args.answer)
+        return
+    with tempfile.TemporaryDirectory(prefix="prebench-benchmark-") as folder:
+        model_dir = args.model or _small_model(Path(folder))
+        print("| documents | peak PSS in MB | seconds |\n| ---: | ---: | ---: |", flush=True)
+        for number in args.documents:
+            start = time.perf_counter()
+            peak = _peak([sys.executable, __file__, "--model", str(model_dir), "--answer", str(number)])
+            print(f"| {number} | {peak / 1e6:.1f} | {time.perf_counter() - start:.0f} |", flush=True)
+
+
+def _peak(command: list[str]) -> int:
+    """Run a command and return the largest PSS, in bytes, of it and its children together."""
+    child = subprocess.Popen(command)  # noqa: S603
+    process, peak = psutil.Process(child.pid), 0
+    while child.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            tree = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(one.memory_full_info().pss for one in tree))
+        time.sleep(INTERVAL)
+    if child.returncode:
+        sys.exit(f"benchmarks/memory.py: {command} failed with code {child.returncode}")
+    return peak
+
+
+def _small_model(folder: Path) -> Path:
+    from prebench.model.builder import build_model, build_processor, build_tokenizer
+    from prebench.schema import ModelConfig
+
+    tower = {"pretrained": None, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "image_size": 96}
+    language_model = {"pretrained": None, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = ModelConfig.model_validate({"vision_tower": tower | {"patch_size": 16}, "language_model": language_model})
+    tokenizer = build_tokenizer()
+    build_model(config, tokenizer, seed=0).save_pretrained(folder)
+    build_processor(config.vision_tower, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _answer(model_dir: Path, num_documents: int) -> None:
+    from prebench.evaluation.engine import Engine
+
+    engine = Engine(model_dir, device="cpu", dtype="float32")
+    answered = sum(answer.error is None for answer in engine.generate(_requests(num_documents)))
+    if answered != num_documents:
+        sys.exit(f"{num_documents - answered} of {num_documents} documents failed")
+
+
+def _requests(num_documents: int) -> Iterator:
+    from prebench.data.scenes import generate_scene, render
+    from prebench.evaluation.generation import GenerationRequest
+
+    for number in range(num_documents):
+        if number % QUESTIONS_PER_IMAGE == 0:
+            picture = render(generate_scene(0, "test", number // QUESTIONS_PER_IMAGE))[0]
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": f"what is number {number}?"}]
+        yield GenerationRequest(number, [{"role": "user", "content": content}], 8)
+
+
+if __name__ == "__main__":
+    main()
