@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Two workers: a test waits for its child processes half of the time.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two workers of one thread each: a test waits for its child processes half of the time, and threads of two workers would
+# wait for each other on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: run test quick lint install clean
 
