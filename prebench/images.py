@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 MAX_PIXELS = 64_000_000
 """Larger images are errors (a 50,000 x 50,000 PNG is a few kilobytes on disk and 7 GB in memory)."""
@@ -19,6 +21,17 @@ MAGIC = b"\x89prebench-unreadable\x1a"
 MARKER_WIDTH = 16
 MAX_REASON = 300
 """Bytes of a reason that a marker keeps."""
+
+
+@contextmanager
+def whole_images() -> Iterator[None]:
+    """Let a truncated picture fail: where lmms-eval is imported, PIL fills it up with grey."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def require_size(image: Image.Image) -> None:

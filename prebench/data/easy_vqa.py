@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from prebench.errors import DataError
+from prebench.images import whole_images
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -56,7 +57,7 @@ def open_image(path: Path) -> Image.Image:
         DataError: the file is missing, truncated or no picture.
     """
     try:
-        with Image.open(path) as image:
+        with whole_images(), Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise DataError(f"{path}: not a readable picture ({error}); {REINSTALL}") from error

@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from PIL import ImageFile
 
 from prebench.errors import EvaluationError, ModelError, PrebenchError
 from prebench.evaluation.documents import DecodedOnce
@@ -34,6 +33,7 @@ from prebench.evaluation.generation import GenerationRequest, generation_setting
 from prebench.evaluation.probe_task import PROBE_DIR_VARIABLE
 from prebench.evaluation.prompts import DOCUMENT_ERRORS, one_line
 from prebench.evaluation.scores import by_image
+from prebench.images import whole_images
 from prebench.progress import say
 from prebench.store import read_json
 
@@ -93,7 +93,7 @@ class Prebench(lmms):
         Raises:
             EvaluationError: a document failed; it is named.
         """
-        with _heard(), _whole_images():
+        with _heard(), whole_images():
             return self._generate(requests)
 
     def _generate(self, requests: list[Instance]) -> list[str]:
@@ -211,17 +211,6 @@ def _heard() -> Iterator[None]:
             raise
         say(f"prebench: {error}")
         raise SystemExit(USER_ERROR) from error
-
-
-@contextmanager
-def _whole_images() -> Iterator[None]:
-    """Let a truncated picture fail: lmms-eval has PIL fill it up with grey, and asks about that."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def late_messages(
