@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from prebench.data.scenes import BACKGROUNDS, FILLS, generate_scene, render
 from prebench.errors import DataError
 from prebench.probe.extract import ProbeFeatures, extract_features
-from prebench.probe.summary import probe_rows
+from prebench.probe.similarity import Representation, cknna, linear_cka
+from prebench.probe.spectrum import statistics
+from prebench.probe.summary import _AttributeProbe, accuracy_interval, probe_rows
+from prebench.records import ProbeRow
 from tests.probe.test_global_probe import reference_accuracy
 
 SIZES = {"train": 300, "val": 100, "test": 200}
@@ -47,10 +51,15 @@ def labels(scenes) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def features(tiny_export: Path, scenes) -> ProbeFeatures:
+def with_pixels(tiny_export: Path, scenes) -> ProbeFeatures:
     images, masks = zip(*[render(scene) for scene in scenes], strict=True)
     model = AutoModelForImageTextToText.from_pretrained(tiny_export)
     return extract_features(model, AutoProcessor.from_pretrained(tiny_export), images, masks, batch_size=50)
+
+
+@pytest.fixture(scope="module")
+def features(with_pixels) -> ProbeFeatures:
+    return dataclasses.replace(with_pixels, pixels=None)  # their probe takes longer than all the others
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +113,72 @@ def test_undefined_structure_gives_smaller_n_or_no_row(features, labels, subsets
     values = {row.metric: row.value for row in rows if row.layer == 1}
     both = structure[subsets == "test", 1][:150].astype(np.float64)
     assert values["contrast_ratio"] == pytest.approx(both[:, 0].mean() / both[:, 1].mean())
+
+
+def test_few_shot_rows_stand_where_every_class_has_images(features, labels, subsets):
+    two = np.arange(600) % 2  # 150 of each in training
+    rare = np.where(np.arange(600) % 90 == 0, 1, two * 2)  # one class of 7 training images
+    classes = {"two": two, "rare": rare, "all": np.repeat(np.arange(20), 30)}
+    attributes = [Attribute(name, "asked") for name in classes]
+    subsets = np.tile(np.repeat(["train", "val", "test"], [15, 5, 10]), 20)
+    rows = [row for row in probe_rows(features, classes, subsets, attributes) if "per_class" in row.metric]
+    found = {(row.attribute, row.metric) for row in rows}
+    ten, hundred = "accuracy_10_per_class", "accuracy_100_per_class"
+    assert found == {("two", ten), ("two", hundred), ("all", ten)}
+    assert {row.layer for row in rows} == {-1, 0, 1, 2, 3, 4} and {row.n for row in rows} == {200}
+
+
+def test_a_few_shot_probe_is_one_on_these_images_alone(features, labels, subsets):
+    """Adding training images of which none is drawn changes nothing; the same images are drawn for every layer."""
+    rows = probe_rows(features, labels, subsets, ATTRIBUTES[1:2])
+    few = {r.layer: r.value for r in rows if r.metric == "accuracy_10_per_class"}
+    probe = _AttributeProbe(features, labels["fill"], subsets, ATTRIBUTES[1])
+    chosen = probe._few(10)
+    assert np.bincount(labels["fill"][chosen]).tolist() == [10] * len(FILLS) and (subsets[chosen] == "train").all()
+    for layer, value in few.items():
+        values = features.encoder_pooled if layer < 0 else features.pooled[:, layer]
+        parts = [chosen, *(subsets == s for s in ("val", "test"))]
+        data = [p[part] for part in parts for p in (values[:, None], labels["fill"])]
+        assert value == pytest.approx(reference_accuracy(data, 0), abs=0.0051), layer
+
+
+def test_raw_pixels_are_a_control_of_their_own(with_pixels, labels, subsets):
+    some = dataclasses.replace(with_pixels, pixels=with_pixels.pixels[:, ::5])
+    (row,) = [r for r in probe_rows(some, labels, subsets, ATTRIBUTES[2:]) if r.metric == "raw_pixel_accuracy"]
+    assert (row.attribute, row.layer, row.n) == ("num_objects", -1, 200)
+    data = [p[subsets == s] for s in SIZES for p in (some.pixels[:, None], labels["num_objects"])]
+    assert row.value == pytest.approx(reference_accuracy(data, 0), abs=0.0051)
+
+
+def test_rows_without_labels_stand_at_every_layer(rows, features):
+    at = {(row.level, row.metric, row.layer): row for row in rows}
+    layers = [-1, 0, 1, 2, 3, 4]
+    for layer in layers:
+        moments, index = (features.encoder_moments, 0) if layer < 0 else (features.moments, layer)
+        for metric, value in statistics(moments, index).items():
+            assert at["statistics", metric, layer].value == value and at["statistics", metric, layer].n == 600
+        own = features.encoder_pooled if layer < 0 else features.pooled[:, layer]
+        for name, other in (("layer_0", features.pooled[:, 0]), ("encoder", features.encoder_pooled)):
+            pair = [Representation(lambda part, v=v: v[part], 600) for v in (own, other)]
+            assert at["similarity", f"cka_{name}", layer].value == pytest.approx(linear_cka(*pair))
+            assert at["similarity", f"cknna_{name}", layer].value == pytest.approx(cknna(own, other))
+    assert at["similarity", "cka_layer_0", 0].value == pytest.approx(1)
+    assert at["lm_head", "token_entropy", 4].n == 600 * 8
+    assert at["model", "image_tokens_see_the_question", 0].value == 0
+
+
+def test_rows_do_not_depend_on_how_many_layers_fit_memory(rows, features, labels, subsets, monkeypatch):
+    monkeypatch.setattr("prebench.probe.global_probe.CHUNK_BYTES", 1)
+    alone = probe_rows(features, labels, subsets, ATTRIBUTES)
+    assert [dataclasses.replace(row, value=0) for row in alone] == [dataclasses.replace(r, value=0) for r in rows]
+    np.testing.assert_allclose([row.value for row in alone], [row.value for row in rows], atol=0.0051)
+
+
+def test_wilson_intervals():
+    """Known values: Wilson (1927) for 8 of 10 and 0 of 20."""
+    row = ProbeRow(0, 4, "global", "a", "", "accuracy", 0.8, 10)
+    assert accuracy_interval(row) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert accuracy_interval(dataclasses.replace(row, value=0.0, n=20)) == pytest.approx((0, 0.1611), abs=1e-4)
 
 
 def test_rows_are_the_same_on_every_call(rows, features, labels, subsets):
