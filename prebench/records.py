@@ -141,13 +141,13 @@ class ProbeRow:
     num_layers: int
     """Decoder layers L of the model, so that depth = layer / L."""
     level: str
-    """"global" (pooled tokens) or "patch" (token structure)."""
+    """"global" (pooled tokens), "patch" (token structure), "statistics", "similarity", "lm_head" or "model"."""
     attribute: str
-    """What is decoded ("background", "shape", ...), or "" for patch structure."""
+    """What is decoded ("background", "shape", ...), at level "lm_head" a token's text; "" where nothing is."""
     kind: str
     """"asked", "unasked", "rare" or "" (which texts mention the attribute)."""
     metric: str
-    """"accuracy", "cohesion", "coupling", "contrast_ratio", "centred_difference", "auc"."""
+    """"accuracy", "cohesion", "coupling", "contrast_ratio", "centred_difference", "auc", ... (docs/probes.md)."""
     value: float
     n: int
-    """Images (global) or images with a defined value (patch)."""
+    """Test images (global), images with a defined value (patch), decoded tokens (lm_head), or all images."""

@@ -118,6 +118,8 @@ class EncoderStates:
             raise ModelError(f"{name}: the projector ran {len(self.seen)} times in one forward pass, not once")
         patches, projected = self.seen[0]
         if "image_grid_thw" in inputs:
+            if sum(counts) != len(projected):
+                raise ModelError(f"{name}: {len(projected)} projected tokens for {sum(counts)} visual tokens")
             return self._packed(patches, projected, inputs["image_grid_thw"], counts)
         tokens = merge_patches(self._model, patches, projected.shape[-2])
         tiles = self._tiles(inputs, counts, tokens.shape[1])
@@ -146,7 +148,8 @@ class EncoderStates:
             tokens = tokens[order.argsort()]
         found = []
         for count, own, (time, rows, cols) in zip(counts, tokens.split(list(counts)), grid_I3.tolist(), strict=True):
-            view = View(0, rows // merge, cols // merge) if time == 1 else None
+            side = math.isqrt(rows * cols // count)
+            view = View(0, rows // side, cols // side) if time == 1 else None
             found.append(ImageTokens(count, view, own, view))
         return found
 
@@ -169,7 +172,11 @@ def capture_encoder(model: Any) -> Iterator[EncoderStates]:
         ModelError: there is no projector where transformers' models have it.
     """
     states = EncoderStates(model)
-    handle = projector(model).register_forward_hook(lambda _module, args, output: states.seen.append((args[0], output)))
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        states.seen.append((args[0] if args else next(iter(kwargs.values())), output))
+
+    handle = projector(model).register_forward_hook(hook, with_kwargs=True)
     try:
         yield states
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from prebench.probe.features import ProbeFeatures
 from prebench.probe.global_probe import fit_linear_probe, layers_at_once
 from prebench.records import ProbeRow
 from prebench.runtime import derive_seed
+
+logger = logging.getLogger(__name__)
 
 SUBSETS = ("train", "val", "test")
 FEW_SHOT = (10, 100)
@@ -72,7 +75,10 @@ def probe_rows(
         probe = _AttributeProbe(features, np.asarray(labels[attribute.name]), subsets, attribute)
         rows += probe.rows()
         extra += probe.few_shot_rows() + probe.raw_pixel_rows()
-    rows += _structure_rows(features, subsets == "test")
+    structure = _structure_rows(features, subsets == "test")
+    if not structure:
+        logger.warning("probe: no test image has a mask with two patches of objects; there is no patch structure")
+    rows += structure
     extra += statistics_rows(features) + similarity_rows(features) + decoded_rows(features) + model_rows(features)
     return rows + extra
 
@@ -94,6 +100,13 @@ class _AttributeProbe:
     def rows(self) -> list[ProbeRow]:
         """Return accuracies on all training images and the control of shuffled labels."""
         features, middle = self._features, self._features.num_layers // 2
+        if 0 < len(self._subsets[0]) < features.pooled.shape[2]:
+            logger.warning(
+                "probe attribute %r: %d training images for %d features; what the probe finds depends on its penalty",
+                self._attribute.name,
+                len(self._subsets[0]),
+                features.pooled.shape[2],
+            )
         encoder = features.encoder_pooled[:, None]
         seed = derive_seed("shuffled labels", self._attribute.name)
         return [

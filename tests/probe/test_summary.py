@@ -202,3 +202,14 @@ def test_wrong_labels_are_one_clear_line(features, labels, subsets, change, mess
     with pytest.raises(DataError, match=message) as caught:
         probe_rows(features, labels, subsets, ATTRIBUTES)
     assert "\n" not in str(caught.value)
+
+
+def test_few_images_and_empty_masks_are_said_in_a_line_each(features, labels, caplog: pytest.LogCaptureFixture):
+    few = np.repeat(["train", "val", "test"], [31, 269, 300])
+    empty = dataclasses.replace(features, structure=np.full_like(features.structure, np.nan))
+    empty = dataclasses.replace(empty, encoder_structure=np.full_like(features.encoder_structure, np.nan))
+    rows = probe_rows(empty, labels, few, ATTRIBUTES[:1])
+    assert not [row for row in rows if row.level == "patch"]
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first.startswith("probe attribute 'background': 31 training images for 32 features;")
+    assert second == "probe: no test image has a mask with two patches of objects; there is no patch structure"
