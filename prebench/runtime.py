@@ -19,10 +19,11 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lmms_eval", "pan
 
 MALLOC_PARAMETERS = {
     "M_MMAP_THRESHOLD": (-3, 32 << 20),
-    "M_TRIM_THRESHOLD": (-1, 512 << 20),
-    "M_TOP_PAD": (-2, 64 << 20),
+    "M_TRIM_THRESHOLD": (-1, 128 << 20),
+    "M_TOP_PAD": (-2, 16 << 20),
+    "M_ARENA_MAX": (-8, 1),
 }
-"""Number in glibc's malloc.h, and bytes."""
+"""Numbers in glibc's malloc.h, and bytes. One arena: with one per thread, what one frees another can't take."""
 
 logger = logging.getLogger("prebench")
 
