@@ -129,6 +129,8 @@ class TaskRecord:
     """What produced it: weights, data, prompts, config."""
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    sampled: bool = False
+    """Answers were drawn at random, as the task asks, from seeds that follow from document and settings."""
     schema_version: int = SCHEMA_VERSION
 
 

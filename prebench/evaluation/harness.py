@@ -207,6 +207,7 @@ def evaluate_task(
         hashes=hashes,
         versions=versions(),
         seconds=round(time.perf_counter() - started, 2),
+        sampled=any(answer.sampled for answer in answers.values()),
     )
     write_jsonl(run.run_dir / "eval" / f"{loaded.name}.samples.jsonl", samples)
     write_record(run.run_dir / "eval" / f"{loaded.name}.json", record)  # last: its presence says "complete"

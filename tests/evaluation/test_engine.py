@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,13 @@ def test_limits_may_differ_within_a_batch(engine) -> None:
     assert answers == {request.key: _plain(engine, request) for request in requests}
 
 
+def test_answers_longer_than_planned(engine, monkeypatch) -> None:
+    """The cache's room is used up, and made anew."""
+    monkeypatch.setattr(engine_module, "PLANNED_NEW_TOKENS", 4)
+    requests = [GenerationRequest(i, _messages(question, _image(1)), 30) for i, question in enumerate(QUESTIONS)]
+    assert _answers(engine, requests) == {request.key: _plain(engine, request) for request in requests}
+
+
 def test_stop_strings_cut_the_answer(engine, expected) -> None:
     key, text = next((k, t) for k, t in expected.items() if len(t) > 6)
     stop = text[3:5]
@@ -128,6 +136,50 @@ def test_an_image_is_preprocessed_once(engine, monkeypatch) -> None:
     image = _image(77)
     list(engine.generate(GenerationRequest(i, _messages(f"{i}?", image.copy()), 2) for i in range(50)))
     assert len(calls) == 1
+
+
+def test_requests_are_read_a_few_windows_ahead_in_order_by_one_thread(engine, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "WINDOW", 4)
+    built, threads = [], set()
+
+    def late(number: int) -> list[dict]:
+        built.append(number)
+        threads.add(threading.get_ident())
+        return _messages("yes", _image(number % 3))
+
+    answers = engine.generate(GenerationRequest(i, lambda i=i: late(i), 1) for i in range(1000))
+    for number, _ in enumerate(answers):
+        assert len(built) <= number + 12 + 1  # its own window, and two ahead
+        if number == 100:
+            break
+    answers.close()
+    assert built == list(range(len(built)))
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_large_images_make_small_windows(tiny_export, expected, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "WINDOW_BYTES", 2 * 64 * 64 * 3)  # two images
+    engine = Engine(tiny_export, device="cpu", dtype="float32")
+    sizes = []
+    original = engine._plan
+    monkeypatch.setattr(engine, "_plan", lambda window: sizes.append(len(window.jobs)) or original(window))
+    assert _answers(engine, _requests()) == expected
+    assert len(sizes) > 1
+
+
+def test_image_tokens_are_expanded_as_the_processor_does(engine) -> None:
+    builder = prompts.PromptBuilder(engine.processor, engine.model.config.image_token_id)
+    assert builder._expand_ids
+    messages = [
+        {"role": "user", "content": [*_messages("", _image(0))[0]["content"], *_messages("a", _image(1))[0]["content"]]}
+    ]
+    prompt, pixels = builder.read(messages)
+    images = builder.images.take(prompt.images, pixels)
+    text = engine.processor.apply_chat_template(prompts._without_pixels(messages), add_generation_prompt=True)
+    expected = engine.processor(text=text, images=[_image(0), _image(1)])["input_ids"][0]
+    for expand_ids in (True, False):  # False: a tokenizer that joins neighbouring image tokens
+        builder._expand_ids = expand_ids
+        assert list(builder.encode([prompt], images)[0].ids) == expected
 
 
 @pytest.mark.parametrize("size", [(64, 64), (31, 90)])
@@ -211,6 +263,20 @@ def test_an_error_in_the_computation_stays_with_its_document(engine, expected, m
     assert {k: a.text for k, a in answers.items() if k not in failed} == {
         k: t for k, t in expected.items() if k not in failed
     }
+
+
+def test_batches_shrink_where_memory_ends(tiny_export, expected, monkeypatch) -> None:
+    engine = Engine(tiny_export, device="cpu", dtype="float32", token_budget=4000)
+    original = engine_module.decode
+
+    def failing(model, cache, length, rows, eos_ids):
+        if len(rows) > 6:
+            raise torch.OutOfMemoryError("no memory left")
+        original(model, cache, length, rows, eos_ids)
+
+    monkeypatch.setattr(engine_module, "decode", failing)
+    assert _answers(engine, _requests()) == expected
+    assert 512 <= engine.token_budget < 4000
 
 
 def test_hashes_follow_content(engine) -> None:
