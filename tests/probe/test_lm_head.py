@@ -17,7 +17,9 @@ from prebench.probe.lm_head import DecodedTokens, Decoder
 
 @pytest.fixture(scope="module")
 def loaded(tiny_export: Path):
-    return AutoModelForImageTextToText.from_pretrained(tiny_export).eval(), AutoProcessor.from_pretrained(tiny_export)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_export).eval()
+    torch.nn.init.uniform_(language_model(model).norm.weight, 0.1, 3, generator=torch.Generator().manual_seed(0))
+    return model, AutoProcessor.from_pretrained(tiny_export)
 
 
 def test_states_count_as_their_most_likely_token(loaded):
