@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,8 @@ def load_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
     prepare_cpu(config.preset.train.cpu_threads)
     data = TrainingData(config.preset.data)
     processor = build_processor(config.preset.model.vision_tower, build_tokenizer())
-    return TrainingInputs(data, processor, _features(folder, config, processor, data))
+    features = _features(folder, config, processor, data)
+    return TrainingInputs(data, processor, features, _external_features(folder, config, data))
 
 
 def _features(folder: Path, config: StudyConfig, processor: Any, data: Any) -> Any:
@@ -89,17 +91,43 @@ def _features(folder: Path, config: StudyConfig, processor: Any, data: Any) -> A
     if not (config.preset.train.cache_vision_features and frozen and shared):
         return None
     model = build_model(config.preset.model, processor.tokenizer, seed=config.seeds[0])
-    line: ProgressLine | None = None
+    with _progress("vision features") as report:
+        return cached_features(folder / CACHE, model, processor, data, report)
 
-    def report(done: int, total: int) -> None:
-        nonlocal line
-        line = line or ProgressLine("vision features", total, "image").__enter__()
-        line.update(done)
 
-    features = cached_features(folder / CACHE, model, processor, data, report)
-    if line is not None:
-        line.__exit__(None, None, None)
-    return features
+def _external_features(folder: Path, config: StudyConfig, data: Any) -> dict[str, Any]:
+    """Return the features of the study's external anchors, by the folder of their model."""
+    from prebench.schema import PredictiveConfig
+
+    blocks = [v.regularizer for v in config.variants if isinstance(v.regularizer, PredictiveConfig)]
+    names = dict.fromkeys(block.anchor_model for block in blocks if block.anchor_model is not None)
+    if not names:
+        return {}
+    from prebench.train.external import VisionModel
+    from prebench.train.features import external_features
+
+    tower = config.preset.model.vision_tower
+    side = tower.image_size // tower.patch_size
+    found = {}
+    for name in names:
+        model = VisionModel(Path(name))
+        with _progress(f"anchor features of {Path(name).name}") as report:
+            found[name] = external_features(folder / CACHE, model, side, data, report)
+    return found
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress line from the first report on; none where everything was stored before."""
+    with ExitStack() as stack:
+        lines: list[ProgressLine] = []
+
+        def report(done: int, total: int) -> None:
+            if not lines:
+                lines.append(stack.enter_context(ProgressLine(title, total, "image")))
+            lines[0].update(done)
+
+        yield report
 
 
 @cache
@@ -134,7 +162,7 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
     recipe = config.preset.train
     seed = config.training_seed(run.variant, run.seed)
     model = build_model(config.preset.model, inputs.processor.tokenizer, seed)
-    regularizer = build_regularizer(variant.regularizer, model, seed)
+    regularizer = build_regularizer(variant.regularizer, model, seed, inputs.external)
     started = time.perf_counter()
     last: dict[str, Any] = {}
     log_path = run.folder / "train.jsonl"
@@ -158,12 +186,16 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
         **origin(config),
         "data_hash": inputs.data.fingerprint(),
         "num_layers": num_layers(model),
-        "regularizer_layer": None if regularizer is None else regularizer.layer,
+        "regularizer_layer": None if regularizer is None else _one_or_several(regularizer.regularised_layers),
         "lm_loss": last.get("lm_loss"),
         "pre_loss": last.get("pre_loss"),
         "train_seconds": round(time.perf_counter() - started, 1),
     }
     export(model, inputs.processor, run.model_dir, manifest)
+
+
+def _one_or_several(layers: tuple[int, ...]) -> int | list[int]:
+    return layers[0] if len(layers) == 1 else list(layers)
 
 
 def _write_line(file: Any, path: Path, entry: dict[str, Any]) -> None:

@@ -164,7 +164,7 @@ def reductions(study: Study, baseline: str, variant: str, attribute: str | None 
             continue  # probed on other pictures or settings: no difference of the two means anything
         left, right = known[baseline, seed], known[variant, seed]
         middle = middle_layers(right.num_layers)
-        regularised = {study.runs[name, seed].regularised_layer for name in (baseline, variant)}
+        regularised = {layer for name in (baseline, variant) for layer in study.runs[name, seed].regularised_layers}
         excluded = tuple(layer for layer in middle if layer in regularised)
         row: dict[str, Any] = {"seed": seed, "reference": right.reference, "excluded_layers": excluded}
         row |= {"first_layer": middle.start, "last_layer": middle.stop - 1}

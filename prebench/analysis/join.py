@@ -37,8 +37,8 @@ class Run:
     seed: int
     folder: Path
     tasks: dict[str, TaskRecord]
-    regularised_layer: int | None
-    """The layer whose states the regularizer changed; None without one, or with weight 0, which only logs."""
+    regularised_layers: tuple[int, ...]
+    """The layers whose states the regularizer changed; none without one, or with weight 0, which only logs."""
     lm_loss: float | None = None
     """Training loss of the text at the last logged step, in nats per token; None where the export does not say."""
     probe_hashes: Mapping[str, str] | None = None
@@ -193,9 +193,9 @@ def _load_run(folder: Path, config: StudyConfig, variant: VariantConfig, seed: i
     found = _probe_hashes(probe) if probed else None
     _check_weights(run.name, hashes if found is None else hashes | {PROBE_FILE: found})
     manifest = run / "model" / "prebench.json"
-    layer = _regularised_layer(manifest, variant)
+    layers = _regularised_layers(manifest, variant)
     tasks = {record.task: record for record in records}
-    return Run(variant.name, seed, run, tasks, layer, _lm_loss(manifest), found)
+    return Run(variant.name, seed, run, tasks, layers, _lm_loss(manifest), found)
 
 
 def _check_weights(run: str, hashes: dict[str, dict[str, str]]) -> None:
@@ -223,16 +223,17 @@ def _probe_hashes(path: Path) -> dict[str, str] | None:
     return found
 
 
-def _regularised_layer(manifest: Path, variant: VariantConfig) -> int | None:
+def _regularised_layers(manifest: Path, variant: VariantConfig) -> tuple[int, ...]:
     if variant.regularizer is None or variant.regularizer.weight == 0 or not manifest.is_file():
-        return None
+        return ()
     values = read_json(manifest)
-    layer = values.get("regularizer_layer") if isinstance(values, dict) else None
-    if not isinstance(layer, int):
+    found = values.get("regularizer_layer") if isinstance(values, dict) else None
+    layers = found if isinstance(found, list) else [found]
+    if not all(isinstance(layer, int) for layer in layers):
         raise StoreError(
             f"{manifest}: the whole number 'regularizer_layer' is missing; delete {manifest.parent} to train it again"
         )
-    return layer
+    return tuple(layers)
 
 
 def _lm_loss(manifest: Path) -> float | None:

@@ -59,7 +59,7 @@ def _cells(
 
 def _regularised(study: Study) -> set[int]:
     """Return the layers that any run regularises: left out of every row, so that a column compares like with like."""
-    return {run.regularised_layer for run in study.runs.values() if run.regularised_layer is not None}
+    return {layer for run in study.runs.values() for layer in run.regularised_layers}
 
 
 def _score(run: Run, task: str) -> float | None:

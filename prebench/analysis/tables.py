@@ -227,7 +227,7 @@ def _real(value: float | None) -> str:
 
 def regularised_layers(study: Study, variant: str) -> set[int]:
     """Return the layers that a variant regularises; a weight of 0 only logs its loss."""
-    return {run.regularised_layer for run in study.of_variant(variant) if run.regularised_layer is not None}
+    return {layer for run in study.of_variant(variant) for layer in run.regularised_layers}
 
 
 def _per_layer_degradation(study: Study) -> dict[tuple[str, int], dict[str, float]]:

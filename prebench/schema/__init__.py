@@ -20,7 +20,14 @@ from prebench.schema.preset import (
 )
 from prebench.schema.study import StudyConfig
 from prebench.schema.suite import AttributeConfig, ProbeConfig, SuiteConfig, SuiteDefaults, TaskConfig
-from prebench.schema.variant import Layer, NormPenaltyConfig, PredictiveConfig, RegularizerConfig, VariantConfig
+from prebench.schema.variant import (
+    Layer,
+    NormPenaltyConfig,
+    PredictiveConfig,
+    RegularizerConfig,
+    VariantConfig,
+    layer_names,
+)
 
 __all__ = [
     "AttributeConfig",
@@ -45,4 +52,5 @@ __all__ = [
     "TrainConfig",
     "VariantConfig",
     "VisionTowerConfig",
+    "layer_names",
 ]

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from prebench.schema.base import StrictModel, require_distinct
 from prebench.schema.preset import PresetConfig, StageConfig
 from prebench.schema.suite import SuiteConfig
-from prebench.schema.variant import PredictiveConfig, VariantConfig
+from prebench.schema.variant import PredictiveConfig, VariantConfig, layer_names
 
 
 def _require_another_image(variant: VariantConfig, preset: PresetConfig) -> None:
@@ -41,12 +41,12 @@ class StudyConfig(StrictModel):
         self._require_independent()
         depth = self.preset.model.language_model.num_hidden_layers
         for variant in self.variants:
-            layer = variant.regularizer.layer if variant.regularizer else 1
-            if isinstance(layer, int) and not 1 <= layer <= depth:
-                raise ValueError(
-                    f"variant {variant.name}: regularizer.layer {layer} lies outside 1..{depth}, the decoder layers of "
-                    f"preset {self.preset.name}"
-                )
+            for layer in layer_names(variant.regularizer.layer) if variant.regularizer else ():
+                if isinstance(layer, int) and not 1 <= layer <= depth:
+                    raise ValueError(
+                        f"variant {variant.name}: regularizer.layer {layer} lies outside 1..{depth}, the decoder "
+                        f"layers of preset {self.preset.name}"
+                    )
             _require_another_image(variant, self.preset)
         return self
 

@@ -7,10 +7,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from prebench.schema.base import Name, StrictModel
+from prebench.schema.base import Name, StrictModel, require_distinct
 
-Layer = Literal["quarter", "half", "three_quarters", "last"] | int
+NAMED_LAYERS = ("quarter", "half", "three_quarters", "last")
+
+
+def _a_layer_or_several(value: Any) -> Any:
+    """Check by hand: pydantic would report a union once per member."""
+    several = list(value) if isinstance(value, list | tuple) else [value]
+    known = [name in NAMED_LAYERS or type(name) is int for name in several]
+    if not several or not all(known):
+        raise ValueError(f"write {', '.join(NAMED_LAYERS)}, a number from 1 on, or a list of these")
+    require_distinct("layer", [str(name) for name in several])
+    return value
+
+
+LayerName = Literal["quarter", "half", "three_quarters", "last"] | int
 """Decoder layer l: a fraction of the depth, or 1..L."""
+Layer = Annotated[LayerName | tuple[LayerName, ...], BeforeValidator(_a_layer_or_several)]
+"""One layer, or a list of several: their losses are averaged."""
+
+
+def layer_names(layer: Layer) -> tuple[LayerName, ...]:
+    """Return the layers of a regularizer block as they are written there, one or several."""
+    return layer if isinstance(layer, tuple) else (layer,)
 
 
 class PredictiveConfig(StrictModel):
@@ -20,10 +40,13 @@ class PredictiveConfig(StrictModel):
     weight: float = Field(0.0, ge=0)
     """lambda in L_LM + lambda * L_PRe; 0 is the baseline, which only logs the loss of a detached predictor."""
     layer: Layer = "half"
-    """Decoder layer l whose input is predicted from."""
-    anchor: Literal["pre_llm", "pre_projector", "shuffled", "frozen_copy"] = "pre_llm"
-    """What is predicted, never with gradient: h_v^0 (the projector's output), the vision tower's output, h_v^0 of
-    another image of the micro-batch, or h_v^0 as the projector of the stage's start makes it."""
+    """Decoder layer l whose input is predicted from; of several, each has a predictor of its own."""
+    anchor: Literal["pre_llm", "pre_projector", "external", "shuffled", "frozen_copy"] = "pre_llm"
+    """What is predicted, never with gradient: h_v^0 (the projector's output), the vision tower's output, that of
+    another vision model (`anchor_model`), h_v^0 of another image of the micro-batch, or h_v^0 as the projector of the
+    stage's start makes it."""
+    anchor_model: str | None = Field(None, exclude_if=lambda value: value is None)
+    """Folder of a Hugging Face vision model, for the anchor "external" alone."""
     level: Literal["patch", "global"] = "patch"
     """Cosine per visual token, or of their mean."""
     hidden_size: int | None = Field(None, gt=0)
@@ -32,6 +55,15 @@ class PredictiveConfig(StrictModel):
     """Of the predictor's own optimiser (constant)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clipping of the predictor's gradients, apart from the model's."""
+
+    @model_validator(mode="after")
+    def _a_model_for_the_external_anchor(self) -> PredictiveConfig:
+        if (self.anchor == "external") != (self.anchor_model is not None):
+            raise ValueError(
+                "anchor external and anchor_model belong together: the folder of a Hugging Face vision model, such as "
+                "DINOv2's"
+            )
+        return self
 
 
 class NormPenaltyConfig(StrictModel):

@@ -1,7 +1,7 @@
-"""The frozen vision tower's outputs, computed once per study and shared by all runs.
+"""Outputs of frozen vision models, computed once per study and shared by all runs: the tower's, and external anchors'.
 
-Stored as one safetensors file with a key made of the tower's weights and the data's fingerprint: another tower or other
-data never read it.
+Each is stored as one safetensors file with a key made of the model's weights and the data's fingerprint: another model
+or other data never read it. Every computation leaves a line in `features.jsonl` beside the files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,17 +21,27 @@ from transformers import LlavaForConditionalGeneration
 from prebench.data.examples import TrainingData
 from prebench.model.builder import vision_features
 from prebench.records import content_hash
-from prebench.store import write_bytes
+from prebench.store import read_jsonl, write_bytes, write_jsonl
+from prebench.train.external import VisionModel
 
 BATCH_SIZE = 64
+COMPUTED = "features.jsonl"
+"""In the study's cache: one line per computation, so that "once per study" can be counted."""
+
+Progress = Callable[[int, int], None]
 
 
 class FeatureCache:
-    """Features by image id: [I, N_p, D_v] float32."""
+    """Features by image id: [I, N_p, D_v], the tower's in float32, an external model's in float16."""
 
     def __init__(self, image_ids: Sequence[str], features: Tensor) -> None:
         self._row = {image_id: row for row, image_id in enumerate(image_ids)}
         self._features = features
+
+    @property
+    def width(self) -> int:
+        """Return D_v."""
+        return int(self._features.shape[-1])
 
     def get(self, image_ids: Sequence[str]) -> Tensor:
         """Return the features of these images, [len(image_ids), N_p, D_v]."""
@@ -50,9 +61,9 @@ def cached_features(
     model: LlavaForConditionalGeneration,
     processor: Any,
     data: TrainingData,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> FeatureCache:
-    """Read the features of all training images, or compute and store them.
+    """Read the frozen tower's features of all training images, or compute and store them.
 
     Args:
         folder: the study's cache folder.
@@ -61,12 +72,54 @@ def cached_features(
         data: the training images.
         progress: called with images done and in all.
     """
-    key = content_hash({"tower": tower_hash(model), "data": data.fingerprint()})
-    path = folder / f"vision-features-{key}.safetensors"
+
+    def features(images: list[Image.Image]) -> Tensor:
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return vision_features(model, pixels)
+
+    return _cached(folder, "vision", tower_hash(model), features, data, progress)
+
+
+def external_features(
+    folder: Path, model: VisionModel, side: int, data: TrainingData, progress: Progress = lambda done, total: None
+) -> FeatureCache:
+    """Read an external anchor's features of all training images, or compute and store them.
+
+    Args:
+        folder: the study's cache folder.
+        model: the external vision model.
+        side: visual tokens along an edge of the picture.
+        data: the training images.
+        progress: called with images done and in all.
+
+    Raises:
+        ModelError: the model's output is no grid of patches.
+    """
+    key = content_hash({"model": model.hash, "side": side})
+    return _cached(folder, "anchor", key, lambda images: model.features(images, side), data, progress)
+
+
+def _cached(
+    folder: Path,
+    name: str,
+    model_hash: str,
+    features: Callable[[list[Image.Image]], Tensor],
+    data: TrainingData,
+    progress: Progress,
+) -> FeatureCache:
+    key = content_hash({"tower": model_hash, "data": data.fingerprint()})
+    path = folder / f"{name}-features-{key}.safetensors"
     stored = _read(path)
     if stored is None:
-        stored = _compute(model, processor, data, progress)
+        ids, rows = data.image_ids, []
+        for first in range(0, len(ids), BATCH_SIZE):
+            rows.append(features([data.image(i) for i in ids[first : first + BATCH_SIZE]]))
+            progress(min(first + BATCH_SIZE, len(ids)), len(ids))
+        stored = torch.cat(rows)
         write_bytes(path, save({"features": stored}))
+        log = folder / COMPUTED
+        before = list(read_jsonl(log)) if log.is_file() else []
+        write_jsonl(log, [*before, {"file": path.name, "images": len(ids)}])
     return FeatureCache(data.image_ids, stored)
 
 
@@ -80,17 +133,3 @@ def _read(path: Path) -> Tensor | None:
             return tensor
     except (SafetensorError, OSError):
         return None
-
-
-@torch.no_grad()
-def _compute(
-    model: LlavaForConditionalGeneration, processor: Any, data: TrainingData, progress: Callable[[int, int], None]
-) -> Tensor:
-    ids = data.image_ids
-    rows = []
-    for first in range(0, len(ids), BATCH_SIZE):
-        images = [data.image(i) for i in ids[first : first + BATCH_SIZE]]
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        rows.append(vision_features(model, pixels))
-        progress(min(first + BATCH_SIZE, len(ids)), len(ids))
-    return torch.cat(rows)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,24 +46,38 @@ class TrainingInputs:
     processor: Any
     features: FeatureCache | None
     """The frozen tower's outputs; None computes them in every step."""
+    external: Mapping[str, FeatureCache] = field(default_factory=dict)
+    """Features of external anchors, by `anchor_model`."""
 
 
 def build_regularizer(
-    config: RegularizerConfig | None, model: LlavaForConditionalGeneration, seed: int
+    config: RegularizerConfig | None,
+    model: LlavaForConditionalGeneration,
+    seed: int,
+    external: Mapping[str, FeatureCache] | None = None,
 ) -> Regularizer | None:
-    """Return the variant's regularizer for this model, or None where the variant has none."""
+    """Return the variant's regularizer for this model, or None where the variant has none.
+
+    Args:
+        config: the variant's regularizer block.
+        model: whose hidden states it reads.
+        seed: decides the predictors' initial weights.
+        external: features of external anchors, by `anchor_model`.
+    """
     if config is None:
         return None
     if isinstance(config, NormPenaltyConfig):
         return NormPenaltyRegularizer(config, depth=num_layers(model))
     hidden_size = model.config.text_config.hidden_size
-    pre_projector = config.anchor == "pre_projector"
+    features = (external or {})[config.anchor_model] if config.anchor_model is not None else None
+    sizes = {"pre_projector": model.config.vision_config.hidden_size, "external": features.width if features else 0}
     return PredictiveRegularizer(
         config,
         hidden_size=hidden_size,
-        anchor_size=model.config.vision_config.hidden_size if pre_projector else hidden_size,
+        anchor_size=sizes.get(config.anchor, hidden_size),
         depth=num_layers(model),
         generator=torch.Generator().manual_seed(derive_seed("predictor", seed)),
+        external=features,
     )
 
 

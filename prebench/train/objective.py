@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ class Objective(nn.Module):
                 use_cache=False,
             )
         lm_sum = self._lm_sum(outputs.last_hidden_state, batch.labels)
-        return LossTerms(lm_sum, self._pre_sum(states, features), states.at(0).detach())
+        return LossTerms(lm_sum, self._pre_sum(states, features, batch.image_ids), states.at(0).detach())
 
     def _encode(self, pixel_values: Tensor | None) -> Tensor:
         assert pixel_values is not None
@@ -77,10 +78,10 @@ class Objective(nn.Module):
         logits, targets, _ = target_logits(self.model.lm_head, hidden_BTD, labels_BT)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
-    def _pre_sum(self, states: VisualStates, features: Tensor) -> Tensor | None:
+    def _pre_sum(self, states: VisualStates, features: Tensor, image_ids: Sequence[str]) -> Tensor | None:
         if self.regularizer is None:
             return None
         images, tokens = features.shape[:2]
         image_of_token = torch.arange(images, device=features.device).repeat_interleave(tokens)
-        result: Tensor = self.regularizer(states, features, image_of_token)
+        result: Tensor = self.regularizer(states, features, image_of_token, image_ids)
         return result

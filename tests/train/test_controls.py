@@ -68,7 +68,7 @@ def test_a_shuffled_anchor_is_that_of_the_image_before():
     tokens = states.at(2).unflatten(0, (IMAGES, TOKENS))
     anchors = states.at(0).unflatten(0, (IMAGES, TOKENS))
     shuffled, own = (
-        sum(minus_cosines(term.predictor, tokens[i], anchors[j]).mean() for i, j in pairs)
+        sum(minus_cosines(term.predictors[0], tokens[i], anchors[j]).mean() for i, j in pairs)
         for pairs in (((0, 2), (1, 0), (2, 1)), ((0, 0), (1, 1), (2, 2)))
     )
     assert abs(shuffled - own) > 0.1
@@ -108,7 +108,7 @@ def test_a_frozen_copy_stays_within_a_stage_and_is_taken_again_at_the_next(input
         with torch.no_grad():
             anchor = start[line["stage"]](features).flatten(0, 1)
             moved.append((anchor - projector(features).flatten(0, 1)).abs().max().item())
-            expected = minus_cosines(term.predictor, states.at(2), anchor).reshape(IMAGES, TOKENS).mean(1).sum()
+            expected = minus_cosines(term.predictors[0], states.at(2), anchor).reshape(IMAGES, TOKENS).mean(1).sum()
             assert term(states, features, image_of_token).item() == pytest.approx(expected, abs=1e-5)
         if line["stage"] == "align":
             start["instruct"] = copy.deepcopy(projector)
@@ -117,7 +117,7 @@ def test_a_frozen_copy_stays_within_a_stage_and_is_taken_again_at_the_next(input
     assert len(moved) == 6 and min(moved) > 1e-4
     between = start["align"](features) - start["instruct"](features)
     assert between.abs().max() > 1e-4
-    assert all(name.startswith("predictor.") for name in term.state_dict())
+    assert all(name.startswith("predictors.0.") for name in term.state_dict())
     assert len(list(term.parameters())) == 4
 
 
@@ -236,8 +236,13 @@ def test_a_study_with_controls_round_trips_and_keeps_its_baseline(tmp_path):
         ("regularizer: {type: norm_penalty, weight: -1}", "regularizer.weight: Input should be greater than or equal"),
         (
             "regularizer: {anchor: shufled}",
-            "regularizer.anchor: Input should be 'pre_llm', 'pre_projector', 'shuffled'",
+            "regularizer.anchor: Input should be 'pre_llm', 'pre_projector', 'external', 'shuffled'",
         ),
+        ("regularizer: {layer: middle}", "regularizer.layer: write quarter, half, three_quarters, last, a number from"),
+        ("regularizer: {layer: []}", "a number from 1 on, or a list of these (got [])"),
+        ("regularizer: {layer: [half, half]}", "regularizer.layer: layer 'half' is named twice"),
+        ("regularizer: {anchor: external}", "regularizer: anchor external and anchor_model belong together"),
+        ("regularizer: {anchor_model: folder}", "regularizer: anchor external and anchor_model belong together"),
         ("regularizer: 3", "a mapping with type, weight and layer is expected (got 3)"),
         ("extends: baseline\nseed_offset: -1", "seed_offset: Input should be greater than or equal to 0"),
     ],

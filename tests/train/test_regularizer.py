@@ -15,7 +15,7 @@ IMAGES, TOKENS, WIDTH = 3, 5, 8
 
 
 def build(**changes):
-    config = PredictiveConfig(weight=0.5, layer=2, **changes)
+    config = PredictiveConfig(**({"weight": 0.5, "layer": 2} | changes))
     generator = torch.Generator().manual_seed(1)
     size = WIDTH if config.anchor == "pre_llm" else 6
     return PredictiveRegularizer(config, hidden_size=WIDTH, anchor_size=size, depth=4, generator=generator)
@@ -41,7 +41,7 @@ def test_patch_level_is_the_mean_cosine_per_image():
     expected = 0.0
     for image in range(IMAGES):
         rows = slice(2, 2 + TOKENS)
-        predicted = term.predictor(recorded.hidden(2)[image, rows])
+        predicted = term.predictors[0](recorded.hidden(2)[image, rows])
         anchor = recorded.hidden(0)[image, rows]
         expected -= sum(F.cosine_similarity(p, a, dim=0) for p, a in zip(predicted, anchor, strict=True)) / TOKENS
     torch.testing.assert_close(loss, expected)
@@ -74,7 +74,7 @@ def test_global_level_and_pre_projector_anchor():
     recorded, features = states()
     loss = term(recorded, features, IMAGE_OF_TOKEN)
     pooled = recorded.hidden(2)[:, 2 : 2 + TOKENS].mean(1)
-    expected = -F.cosine_similarity(term.predictor(pooled), features.mean(1), dim=-1).sum()
+    expected = -F.cosine_similarity(term.predictors[0](pooled), features.mean(1), dim=-1).sum()
     torch.testing.assert_close(loss, expected)
 
 
@@ -88,8 +88,29 @@ def test_images_of_different_length_weigh_the_same():
     for layer in (0, 2):
         recorded.record(layer, torch.randn(2, 6, WIDTH, generator=generator))
     loss = term(recorded, torch.empty(0), torch.tensor([0] * 6 + [1] * 2))
-    cosine = F.cosine_similarity(term.predictor(recorded.at(2)), recorded.at(0), dim=-1)
+    cosine = F.cosine_similarity(term.predictors[0](recorded.at(2)), recorded.at(0), dim=-1)
     torch.testing.assert_close(loss, -(cosine[:6].mean() + cosine[6:].mean()))
+
+
+def test_several_layers_are_averaged_and_each_has_a_predictor():
+    recorded, features = states()
+    recorded.record(4, torch.randn(IMAGES, TOKENS + 4, WIDTH, generator=torch.Generator().manual_seed(4)))
+    term = build(layer=["half", "last"])
+    alone = [build(layer=layer) for layer in ("half", "last")]
+    for single, predictor in zip(alone, term.predictors, strict=True):
+        single.predictors[0].load_state_dict(predictor.state_dict())
+    losses = [single(recorded, features, IMAGE_OF_TOKEN) for single in alone]
+    assert abs(losses[0] - losses[1]) > 0.01
+    torch.testing.assert_close(term(recorded, features, IMAGE_OF_TOKEN), (losses[0] + losses[1]) / 2)
+    assert not torch.equal(term.predictors[0][0].weight, term.predictors[1][0].weight)
+    assert term.layers == (0, 2, 4)
+    first = build(layer="half").predictors[0][0].weight
+    assert torch.equal(term.predictors[0][0].weight, first), "the first layer's predictor starts as that of one layer"
+
+
+def test_layers_that_are_one_and_the_same_are_refused():
+    with pytest.raises(ModelError, match="half, 2 are layers 2, 2 of 4: name each once"):
+        build(layer=["half", 2])
 
 
 def test_building_leaves_the_global_random_state_alone():

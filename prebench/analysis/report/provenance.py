@@ -84,7 +84,7 @@ def _run_cells(run: Run) -> list[Cell]:
         return Cell(NOT_DEFINED if known.get(name) is None else shown or str(known[name]), title)
 
     seconds, loss = known.get("train_seconds"), known.get("lm_loss")
-    layer = "none" if run.regularised_layer is None else str(run.regularised_layer)
+    layer = ", ".join(map(str, run.regularised_layers)) or "none"
     probed = run.probe_hashes or {}
     return [
         Cell(run.folder.name),

@@ -6,6 +6,8 @@ states that PRe acts on, but knows of the image only how long its tokens are. Fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,14 @@ class NormPenaltyRegularizer(Regularizer):
     def __init__(self, config: NormPenaltyConfig, *, depth: int) -> None:
         super().__init__(config, depth=depth)
 
-    def forward(self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor) -> Tensor:
-        """Return L_norm summed over images; `vision_features` are not read."""
-        log_ratio_M = _log_norm(self.regularised(states)) - _log_norm(states.at(0).detach())
-        return (log_ratio_M.square() * token_shares(image_of_token)).sum()
+    def forward(
+        self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor, image_ids: Sequence[str] = ()
+    ) -> Tensor:
+        """Return L_norm summed over images and averaged over layers; `vision_features` are not read."""
+        anchor_M = _log_norm(states.at(0).detach())
+        share_M = token_shares(image_of_token)
+        losses = [((_log_norm(h) - anchor_M).square() * share_M).sum() for h in self.regularised(states)]
+        return torch.stack(losses).mean()
 
 
 def _log_norm(tokens_MD: Tensor) -> Tensor:
