@@ -22,7 +22,7 @@ CONTROLS = ("pre-shuffled", "pre-frozen-copy", "norm-penalty", "baseline-again")
 
 
 class _Group(click.Group):
-    """Prints expected errors as one line with exit code 2; anything else is a bug and keeps its traceback."""
+    """Prints expected errors as one line with exit code 2 (interrupted: 75); a bug keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -32,7 +32,7 @@ class _Group(click.Group):
             if known is None:
                 raise
             click.echo(f"prebench: {' '.join(str(known).split())}", err=True)
-            ctx.exit(2)
+            ctx.exit(known.exit_code)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 class PrebenchError(Exception):
     """Base of every error that is the input's or the environment's fault, never the program's."""
 
+    exit_code = 2
+    """Of the command that ends with this error."""
+
 
 class ConfigError(PrebenchError):
     """A configuration file, key or override is wrong; the message names file, field and fix."""
@@ -35,6 +38,13 @@ class ModelError(PrebenchError):
 
 class TrainingError(PrebenchError):
     """Training can't go on: a non-finite loss, an impossible batch size."""
+
+
+class InterruptedRunError(TrainingError):
+    """A scheduler took the machine back (SIGTERM): what was computed is saved, and the same command goes on."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again."""
 
 
 class EvaluationError(PrebenchError):

@@ -6,8 +6,9 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Any
 
 import psutil
 
-from prebench.errors import TrainingError
+from prebench.errors import InterruptedRunError, TrainingError
 from prebench.progress import ProgressLine
+from prebench.runtime import sigterm_noted
 
 JOB_BYTES = 1_300_000_000
 """Memory that one process of the embedded preset may need."""
@@ -62,7 +64,8 @@ def available_cores() -> int:
 def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_processes: int) -> None:
     """Run jobs in processes of their own and show the progress of each.
 
-    After a failure no further job is started; those that run are finished, so that nothing computed is lost.
+    After a failure no further job is started; those that run are finished, so that nothing computed is lost. SIGTERM is
+    passed on: jobs that know of it (`prebench.runtime.sigterm_noted`) save what they have and end.
 
     Args:
         function: a module's function, called as `function(report, *job.arguments)`.
@@ -72,6 +75,7 @@ def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_process
     Raises:
         PrebenchError: the first error of a job.
         TrainingError: a process died.
+        InterruptedRunError: SIGTERM came.
     """
     context = multiprocessing.get_context("spawn")
     # A queue with a thread behind it: a worker that is killed while it reports must not stop the others.
@@ -80,24 +84,48 @@ def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_process
     follower = threading.Thread(target=_follow, args=(messages, jobs, stop), daemon=True)
     follower.start()
     try:
-        with ProcessPoolExecutor(num_processes, context, _start, (messages,)) as pool:
-            _run_all(pool, function, jobs, num_processes)
+        with ProcessPoolExecutor(num_processes, context, _start, (messages,)) as pool, _passing_on(pool) as stopping:
+            _run_all(pool, function, jobs, num_processes, stopping)
     finally:
         stop.set()
         follower.join()
         messages.cancel_join_thread()
 
 
+@contextlib.contextmanager
+def _passing_on(pool: ProcessPoolExecutor) -> Iterator[Callable[[], bool]]:
+    """Hand SIGTERM on to the workers inside the block; yields a function that tells whether it came."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        came.append(number)
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run_all(
-    pool: ProcessPoolExecutor, function: Callable[..., None], jobs: Mapping[str, Job], num_processes: int
+    pool: ProcessPoolExecutor,
+    function: Callable[..., None],
+    jobs: Mapping[str, Job],
+    num_processes: int,
+    stop: Callable[[], bool],
 ) -> None:
     """Hand out one job per free process, so that after a failure none waits inside the pool."""
     waiting = list(jobs.items())
     running: set[Future[None]] = set()
     error: BaseException | None = None
     try:
-        while running or (waiting and error is None):
-            while waiting and error is None and len(running) < num_processes:
+        while running or (waiting and error is None and not stop()):
+            while waiting and error is None and not stop() and len(running) < num_processes:
                 name, job = waiting.pop(0)
                 running.add(pool.submit(_run, function, name, job.arguments))
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -107,22 +135,30 @@ def _run_all(
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
+    if stop() and (waiting or isinstance(error, BrokenProcessPool)):
+        raise InterruptedRunError("interrupted; what was computed is saved and the same command goes on") from error
     if isinstance(error, BrokenProcessPool):
         raise TrainingError(
-            "a training process died (killed, or out of memory?); the runs finished so far are kept, `--jobs 1` needs "
-            "the least memory"
+            "a training process died (killed, or out of memory?); finished runs and checkpoints are kept and the same "
+            "command goes on there, `--jobs 1` needs the least memory"
         ) from error
     if error is not None:
         raise error
 
 
+SECONDS_TO_LEAVE = 5.0
+"""After SIGTERM and the job's end; a pool that lost one worker waits for the others and tells them nothing."""
+
 _messages: Any = None
+_noting = contextlib.ExitStack()
+_stop: Callable[[], bool] = lambda: False  # noqa: E731
 
 
 def _start(messages: Any) -> None:
     """Set a worker up: keep the way back, and end with the process that started it, however that ends."""
-    global _messages
+    global _messages, _stop
     _messages = messages
+    _stop = _noting.enter_context(sigterm_noted())  # for the worker's life: it ends when its parent has its result
     messages.cancel_join_thread()
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -135,8 +171,14 @@ def _start(messages: Any) -> None:
 
 
 def _run(function: Callable[..., None], name: str, arguments: tuple[Any, ...]) -> None:
-    function(lambda done, note: _messages.put((name, done, note)), *arguments)
-    _messages.put((name, None, ""))
+    try:
+        function(lambda done, note: _messages.put((name, done, note)), *arguments)
+        _messages.put((name, None, ""))
+    finally:
+        if _stop():
+            leaving = threading.Timer(SECONDS_TO_LEAVE, os._exit, (InterruptedRunError.exit_code,))
+            leaving.daemon = True
+            leaving.start()
 
 
 def _follow(messages: Any, jobs: Mapping[str, Job], stop: threading.Event) -> None:

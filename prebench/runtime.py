@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
 import os
 import platform
 import random
+import signal
 import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +87,47 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter, value in MALLOC_PARAMETERS.values():
             mallopt(parameter, value)
+
+
+def num_processes() -> int:
+    """Return how many processes a launcher (torchrun, accelerate) started for one training run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_index() -> int:
+    """Return which of them this is; process 0 writes files."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class _Sigterm:
+    """Whether SIGTERM came since a block of `sigterm_noted` was entered."""
+
+    came = False
+
+    @classmethod
+    def note(cls, _number: int, _frame: object) -> None:
+        cls.came = True
+
+
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """Note SIGTERM inside the block instead of dying of it; yields a function that tells whether it came.
+
+    Blocks may lie inside each other. Outside the main thread, where Python takes no signals, nothing is noted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if before == _Sigterm.note:
+        yield lambda: _Sigterm.came
+        return
+    _Sigterm.came = False
+    signal.signal(signal.SIGTERM, _Sigterm.note)
+    try:
+        yield lambda: _Sigterm.came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def choose_device(name: str = "auto") -> torch.device:

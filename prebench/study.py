@@ -21,6 +21,8 @@ from prebench.store import TEMPORARY, write_text
 
 STUDY_FILE = "study.yaml"
 LOCK_FILE = ".lock"
+CHECKPOINTS = "checkpoints"
+"""In a run's folder, until the run is exported."""
 MAX_DIFF_LINES = 8
 
 
@@ -140,7 +142,9 @@ def _comparable(model: object) -> dict[str, object]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the halves that a killed process left: models can be large."""
+    """Remove the halves that a killed process left, and checkpoints of finished runs: models can be large."""
+    for manifest in folder.glob("runs/*/model/prebench.json"):
+        shutil.rmtree(manifest.parent.parent / CHECKPOINTS, ignore_errors=True)
     for pattern in (".mirror.partial", "runs/*/.export-*", "runs/*/.probe-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

@@ -6,20 +6,18 @@ belongs to the preset.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prebench.errors import StoreError
+from prebench.errors import InterruptedRunError
 from prebench.jobs import Job, Report, choose_jobs, run_jobs
 from prebench.progress import ProgressLine
 from prebench.records import content_hash
 from prebench.schema import StudyConfig
-from prebench.study import Run
+from prebench.study import CHECKPOINTS, Run
 
 if TYPE_CHECKING:
     from prebench.train.loop import TrainingInputs
@@ -141,7 +139,7 @@ def _train_in_worker(report: Report, folder: Path, config: StudyConfig, run: Run
 
 
 def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Report) -> None:
-    """Train one run from its start and export it.
+    """Train one run and export it; from its last checkpoint on where an earlier process left one.
 
     Args:
         run: which.
@@ -151,11 +149,15 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
 
     Raises:
         TrainingError: a loss is not finite.
-        StoreError: the log or the export can't be written.
+        InterruptedRunError: SIGTERM came; a checkpoint is written, or the run is finished.
+        StoreError: the log, a checkpoint or the export can't be written.
     """
     from prebench.export import export
     from prebench.model.builder import build_model
     from prebench.model.visual_states import num_layers
+    from prebench.runtime import sigterm_noted
+    from prebench.train.checkpoint import Checkpoints
+    from prebench.train.log import RunLog
     from prebench.train.loop import build_regularizer, train
 
     variant = next(v for v in config.variants if v.name == run.variant)
@@ -163,53 +165,52 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
     seed = config.training_seed(run.variant, run.seed)
     model = build_model(config.preset.model, inputs.processor.tokenizer, seed)
     regularizer = build_regularizer(variant.regularizer, model, seed, inputs.external)
-    started = time.perf_counter()
-    last: dict[str, Any] = {}
-    log_path = run.folder / "train.jsonl"
-    with _open_log(log_path) as log_file:
+    key = _run_key(run, config, inputs)
+    log = RunLog(run.folder / "train.jsonl")
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, key, log)
 
-        def log(entry: dict[str, Any]) -> None:
-            _write_line(log_file, log_path, entry)
-            if entry.get("kind") == "validation":
-                return
-            last.update(entry)
-            done = entry["step"] + 1 + (recipe.align.steps if entry["stage"] == "instruct" else 0)
-            pre = "" if entry["pre_loss"] is None else f", pre_loss {entry['pre_loss']:.3f}"
-            report(done, f"{entry['stage']}: lm_loss {entry['lm_loss']:.3f}{pre}")
+    def note(entry: dict[str, Any]) -> None:
+        log.write(entry)
+        if entry.get("kind") == "validation":
+            return
+        done = entry["step"] + 1 + (recipe.align.steps if entry["stage"] == "instruct" else 0)
+        pre = "" if entry["pre_loss"] is None else f", pre_loss {entry['pre_loss']:.3f}"
+        report(done, f"{entry['stage']}: lm_loss {entry['lm_loss']:.3f}{pre}")
 
-        train(model, regularizer, recipe, inputs, seed, log)
-    manifest = {
-        "variant": run.variant,
-        "seed": run.seed,
-        "training_seed": seed,
+    with sigterm_noted() as stop, closing(log):
+        train(model, regularizer, recipe, inputs, seed, note, checkpoints, stop)
+        manifest = {
+            "variant": run.variant,
+            "seed": run.seed,
+            "training_seed": seed,
+            "config_hash": key["config_hash"],
+            **origin(config),
+            "data_hash": key["data_hash"],
+            "num_layers": num_layers(model),
+            "regularizer_layer": None if regularizer is None else _one_or_several(regularizer.regularised_layers),
+            "lm_loss": log.last.get("lm_loss"),
+            "pre_loss": log.last.get("pre_loss"),
+            "train_seconds": round(checkpoints.seconds, 1),
+        }
+        export(model, inputs.processor, run.model_dir, manifest)
+        checkpoints.remove()
+        if stop():
+            raise InterruptedRunError(f"interrupted; {run.name} is finished and the same command goes on behind it")
+
+
+def _run_key(run: Run, config: StudyConfig, inputs: TrainingInputs) -> dict[str, Any]:
+    """Return what has to be equal for a run to go on from a checkpoint exactly as it would have gone on."""
+    from prebench.runtime import choose_device, num_processes, versions
+
+    return {
         "config_hash": content_hash(config.run_config(run.variant, run.seed)),
-        **origin(config),
         "data_hash": inputs.data.fingerprint(),
-        "num_layers": num_layers(model),
-        "regularizer_layer": None if regularizer is None else _one_or_several(regularizer.regularised_layers),
-        "lm_loss": last.get("lm_loss"),
-        "pre_loss": last.get("pre_loss"),
-        "train_seconds": round(time.perf_counter() - started, 1),
+        **origin(config),
+        "device": choose_device(config.preset.train.device).type,
+        "processes": num_processes(),
+        "torch": versions()["torch"],
     }
-    export(model, inputs.processor, run.model_dir, manifest)
 
 
 def _one_or_several(layers: tuple[int, ...]) -> int | list[int]:
     return layers[0] if len(layers) == 1 else list(layers)
-
-
-def _write_line(file: Any, path: Path, entry: dict[str, Any]) -> None:
-    try:
-        rest = (json.dumps(entry, sort_keys=True) + "\n").encode()
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError as error:
-        raise StoreError(f"{path}: can't be written ({error.strerror}); the runs finished so far are kept") from error
-
-
-def _open_log(path: Path) -> Any:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("wb", buffering=0)  # a buffer would fail once more when it is closed, and hide the reason
-    except OSError as error:
-        raise StoreError(f"{path}: can't be written ({error.strerror})") from error

@@ -21,7 +21,7 @@ ALLOWED = {
     "config": {"errors", "runtime", "schema"},
     "store": {"records", "errors"},
     "progress": set(),
-    "jobs": {"errors", "progress"},
+    "jobs": {"errors", "progress", "runtime"},
     "study": {"config", "errors", "schema", "store"},
     "data": BASE,
     "model": BASE | {"data"},

@@ -144,6 +144,14 @@ class TrainConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     cpu_threads: int | None = Field(None, gt=0)
     """Threads of one run on a CPU; null: all cores. Small models gain more from several runs side by side."""
+    checkpoint_every: int = Field(500, ge=0)
+    """Optimiser steps between two checkpoints, over both stages; 0: none but the one that SIGTERM asks for. Decides no
+    weight."""
+
+    @property
+    def total_steps(self) -> int:
+        """Return the optimiser steps of both stages."""
+        return self.align.steps + self.instruct.steps
 
 
 class PresetConfig(StrictModel):

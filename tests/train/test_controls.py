@@ -22,7 +22,8 @@ from prebench.model.visual_states import VisualStates
 from prebench.pipeline import is_trained, train_all
 from prebench.schema import NormPenaltyConfig, PredictiveConfig, StageConfig, StudyConfig, TrainConfig
 from prebench.study import open_study, runs
-from prebench.train.loop import _MicroBatches, build_accelerator, build_regularizer, train
+from prebench.train.batches import MicroBatches
+from prebench.train.loop import build_accelerator, build_regularizer, train
 from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer
 from tests.conftest import TINY
@@ -265,7 +266,7 @@ def test_a_shuffled_anchor_comes_from_an_image_drawn_at_random(inputs):
         model = build_model(TINY, inputs.processor.tokenizer, 0)
         regularizer = build_regularizer(config, model, 0)
         assert regularizer is not None and regularizer.random_neighbours == drawn
-        batches = _MicroBatches(order, inputs, accelerator, by_length=not regularizer.random_neighbours)
+        batches = MicroBatches(order, inputs, accelerator, by_length=not regularizer.random_neighbours)
         for step in range(3):
             assert (list(batches[step].image_ids) == [e.image_id for e in order.batch(step)]) == drawn
             assert sorted(batches[step].image_ids) == sorted(e.image_id for e in order.batch(step))

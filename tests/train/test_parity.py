@@ -11,7 +11,8 @@ from prebench.config import diff, load_preset, load_suite, load_variant
 from prebench.data.collator import ExampleOrder
 from prebench.model.builder import build_model
 from prebench.schema import NormPenaltyConfig, PredictiveConfig, StageConfig, StudyConfig, TrainConfig
-from prebench.train.loop import _MicroBatches, build_accelerator, build_regularizer
+from prebench.train.batches import MicroBatches
+from prebench.train.loop import build_accelerator, build_regularizer
 from prebench.train.objective import Objective
 from tests.conftest import TINY
 from tests.train.conftest import RECIPE
@@ -110,7 +111,7 @@ def test_gradients_of_the_model_ignore_a_weight_of_zero(inputs, zero):
         recipe = TrainConfig.model_validate(RECIPE)
         stage = StageConfig.model_validate(RECIPE["instruct"])
         order = ExampleOrder(inputs.data, stage, "instruct", 0)
-        batch = _MicroBatches(order, inputs, build_accelerator(recipe))[0]
+        batch = MicroBatches(order, inputs, build_accelerator(recipe))[0]
         objective(batch).total(batch.num_targets, len(batch.image_ids), 0.0).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
