@@ -1,4 +1,4 @@
-"""Examples to tensors: chat template, label mask, padding, and the order in which a run sees its data.
+"""Examples to tensors: tokens, label mask, pictures, padding, and the order in which a run sees generated data.
 
 The batch at a position is a pure function of (seed, stage, position): two variants with one seed see the same bytes in
 the same order.
@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from prebench.data.chat_templates import chat_template
+from prebench.data.encoding import IGNORE_INDEX, encode_example
+from prebench.data.examination import truncate
 from prebench.data.examples import Example, TrainingData
+from prebench.data.visual_tokens import image_tokens
 from prebench.errors import DataError
 from prebench.runtime import derive_seed
-from prebench.schema import StageConfig
-
-IGNORE_INDEX = -100
+from prebench.schema import DataConfig, StageConfig
 
 
 @dataclass(frozen=True)
@@ -64,40 +67,69 @@ class Batch:
         )
 
 
-def encode_example(
-    processor: Any, messages: Sequence[dict[str, Any]], num_image_tokens: int
-) -> tuple[list[int], list[int]]:
-    """Return (input_ids, labels) of a conversation; only the assistant's words and its end token carry loss.
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens."""
 
-    The chat template is rendered up to each assistant turn, so the mask is right for any template whose renderings
-    are prefixes of each other.
+    input_ids: list[int]
+    labels: list[int]
+    image_ids: tuple[str, ...]
 
-    Raises:
-        DataError: the template's renderings are no prefixes of each other.
+
+class Features(Protocol):
+    """Cached outputs of the frozen tower."""
+
+    def get(self, image_ids: Sequence[str]) -> Tensor:
+        """Return the features of these images, [len(image_ids), N_p, D_v]."""
+
+
+class Pictures(Protocol):
+    """Whatever has pictures by name, and the configuration that says how long an example may be."""
+
+    config: DataConfig
+
+    def image(self, image_id: str) -> Image.Image:
+        """Return a picture in RGB."""
+
+
+class Collator:
+    """Examples of any source to micro-batches.
+
+    Args:
+        processor: the study's.
+        data: where the pictures are.
+        features: the frozen tower's outputs; None reads and resizes the pictures.
     """
-    text = processor.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = processor.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        through = processor.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise DataError("chat template: the rendering of a turn is no prefix of the whole conversation")
-        spans.append((len(before), len(through)))
-    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    image_token = processor.image_token_id
-    input_ids: list[int] = []
-    labels: list[int] = []
-    span = 0
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        while span < len(spans) and start >= spans[span][1]:
-            span += 1
-        learn = span < len(spans) and spans[span][0] <= start and end <= spans[span][1]
-        count = num_image_tokens if token == image_token else 1
-        input_ids += [token] * count
-        labels += [token if learn else IGNORE_INDEX] * count
-    return input_ids, labels
+
+    def __init__(self, processor: Any, data: Pictures, features: Features | None = None) -> None:
+        self._processor = processor
+        self._data = data
+        self._features = features
+        self._num_image_tokens = image_tokens(processor)
+
+    def encode(self, example: Example) -> Encoded:
+        """Return an example's tokens, cut off at the data's maximum length.
+
+        Raises:
+            DataError: the example does not fit the chat template, or the cut would take visual tokens.
+        """
+        processor = self._processor
+        template = chat_template(processor, example.prompt)
+        input_ids, labels = encode_example(processor, example.messages, self._num_image_tokens, template)
+        kept = truncate(input_ids, labels, self._data.config.max_length, processor.image_token_id)
+        return Encoded(*kept, example.image_ids)
+
+    def __call__(self, encoded: Sequence[Encoded]) -> Batch:
+        """Return a micro-batch; one without pictures has none in `pixel_values`, [0, 3, H, W], or features."""
+        processor = self._processor
+        sequences = [(item.input_ids, item.labels) for item in encoded]
+        input_ids, attention_mask, labels = pad(sequences, processor.tokenizer.pad_token_id)
+        image_ids = tuple(image_id for item in encoded for image_id in item.image_ids)
+        if self._features is not None:
+            return Batch(input_ids, attention_mask, labels, image_ids, None, self._features.get(image_ids))
+        images = [self._data.image(i) for i in image_ids] or [Image.new("RGB", (8, 8))]
+        pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"][: len(image_ids)]
+        return Batch(input_ids, attention_mask, labels, image_ids, pixel_values)
 
 
 def pad(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:

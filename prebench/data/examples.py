@@ -31,12 +31,21 @@ FINGERPRINT_IMAGES = 16
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation about one picture."""
+    """One training conversation about its pictures: one in generated data, any number in files."""
 
-    image_id: str
+    image_ids: tuple[str, ...]
+    """In the order of their placeholders."""
     messages: list[dict[str, Any]]
     """Hugging Face chat messages; the picture's placeholder opens the first user turn."""
     kind: Literal["caption", "questions"]
+    prompt: Literal["chat", "plain"] = "chat"
+    """The template: the processor's, or that of LLaVA's align stage."""
+
+    @property
+    def image_id(self) -> str:
+        """Return the name of the only picture."""
+        (image_id,) = self.image_ids
+        return image_id
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class TrainingData:
             if shape is None or color is None:
                 return None
             text = f"a {color} {shape}"
-        return Example(image_id, conversation([(CAPTION_PROMPT, text)]), "caption")
+        return Example((image_id,), conversation([(CAPTION_PROMPT, text)]), "caption")
 
     def conversation(self, image_id: str, rng: np.random.Generator) -> Example:
         """Return several questions about one picture, drawn anew with each call.
@@ -99,7 +108,7 @@ class TrainingData:
         drawn = self._questions(image_id, rng)
         with_suffix = rng.random(len(drawn)) < self.config.suffix_share
         turns = [(q.text + (q.suffix if add else ""), q.answer) for q, add in zip(drawn, with_suffix, strict=True)]
-        return Example(image_id, conversation(turns), "questions")
+        return Example((image_id,), conversation(turns), "questions")
 
     def validation(self, num_images: int) -> list[ValidationQuestion]:
         """Return questions of the validation splits: of each scene one per type, of each easy-VQA picture one per type.

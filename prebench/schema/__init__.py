@@ -7,13 +7,19 @@ configuration of a run is preset + regularizer + seed, so two variants differ in
 from __future__ import annotations
 
 from prebench.schema.base import Name, StrictModel
-from prebench.schema.preset import (
+from prebench.schema.data import (
+    ColumnsConfig,
     DataConfig,
     EasyVqaConfig,
+    LlavaJsonConfig,
+    ScenesConfig,
+    SourceConfig,
+    TableConfig,
+)
+from prebench.schema.preset import (
     LanguageModelConfig,
     ModelConfig,
     PresetConfig,
-    ScenesConfig,
     StageConfig,
     TrainConfig,
     VisionTowerConfig,
@@ -31,10 +37,12 @@ from prebench.schema.variant import (
 
 __all__ = [
     "AttributeConfig",
+    "ColumnsConfig",
     "DataConfig",
     "EasyVqaConfig",
     "LanguageModelConfig",
     "Layer",
+    "LlavaJsonConfig",
     "ModelConfig",
     "Name",
     "NormPenaltyConfig",
@@ -43,11 +51,13 @@ __all__ = [
     "ProbeConfig",
     "RegularizerConfig",
     "ScenesConfig",
+    "SourceConfig",
     "StageConfig",
     "StrictModel",
     "StudyConfig",
     "SuiteConfig",
     "SuiteDefaults",
+    "TableConfig",
     "TaskConfig",
     "TrainConfig",
     "VariantConfig",

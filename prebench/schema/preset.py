@@ -7,47 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prebench.schema.base import Name, StrictModel
-
-
-class ScenesConfig(StrictModel):
-    """Generated scenes for training (prebench.data.scenes)."""
-
-    num_images: int = Field(gt=0)
-    questions_per_image: int = Field(gt=0)
-    """Turns in one conversation."""
-    min_objects: int = Field(2, ge=1)
-    max_objects: int = Field(5, ge=1, le=9)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ScenesConfig:
-        if self.min_objects > self.max_objects:
-            raise ValueError(f"min_objects {self.min_objects} is larger than max_objects {self.max_objects}")
-        return self
-
-
-class EasyVqaConfig(StrictModel):
-    """The training split of easy-VQA (real, from its PyPI package)."""
-
-    num_images: int = Field(3600, gt=0, le=3600)
-    """The split's last 400 pictures are held out as validation."""
-    questions_per_image: int = Field(6, gt=0)
-
-
-class DataConfig(StrictModel):
-    """What a model is trained on."""
-
-    seed: int = Field(0, ge=0)
-    """Seed of the generated training data: the same for all runs of a study."""
-    scenes: ScenesConfig | None = None
-    easy_vqa: EasyVqaConfig | None = None
-    suffix_share: float = Field(0.5, ge=0, le=1)
-    """Share of the questions that carry the benchmarks' answer-format suffix."""
-
-    @model_validator(mode="after")
-    def _some_source(self) -> DataConfig:
-        if self.scenes is None and self.easy_vqa is None:
-            raise ValueError("name at least one source: scenes or easy_vqa")
-        return self
+from prebench.schema.data import DataConfig
 
 
 def _require_multiple(name: str, value: int, of: str, divisor: int) -> None:
@@ -162,3 +122,18 @@ class PresetConfig(StrictModel):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _files_suffice(self) -> PresetConfig:
+        """Refuse what examples from files can't give: captions drawn at random, held-out questions, an empty stage."""
+        if not self.data.from_files:
+            return self
+        if self.train.validate_every:
+            raise ValueError("train.validate_every: only generated data have held-out questions; set it to 0")
+        for name in ("align", "instruct"):
+            stage: StageConfig = getattr(self.train, name)
+            if stage.caption_share:
+                raise ValueError(f"train.{name}.caption_share: files have no captions apart; set it to 0")
+            if stage.steps and not getattr(self.data, name):
+                raise ValueError(f"data.{name}: train.{name} has {stage.steps} steps and no source; name one")
+        return self
