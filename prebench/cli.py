@@ -11,6 +11,7 @@ import click
 from prebench import __version__
 from prebench.cli_analysis import compare, plan
 from prebench.cli_options import chosen_study, jobs_option, mirror_option, results_option, study_option, width
+from prebench.cli_probe import probe
 from prebench.cli_tools import doctor, pretrain
 from prebench.cli_tools import mirror as mirror_command
 from prebench.errors import ConfigError, user_error
@@ -199,22 +200,6 @@ def evaluate(
     _evaluate(folder, names, tasks or names, mirror, jobs)
 
 
-@main.command()
-@study_option
-@results_option
-@mirror_option
-@jobs_option
-def probe(study: str | None, results: Path, mirror: Path | None, jobs: int | None) -> None:
-    """Probe the visual tokens of the study's trained runs at every layer."""
-    from prebench.study import read_study
-
-    folder = chosen_study(results, study)
-    config = read_study(folder).suite.probe
-    if config is None:
-        raise ConfigError(f"{folder}: the suite of this study has no probe")
-    _evaluate(folder, [config.task], [config.task], mirror, jobs)
-
-
 def _evaluate(folder: Path, known: Sequence[str], tasks: Sequence[str], mirror: Path | None, jobs: int | None) -> None:
     from prebench import pipeline
     from prebench.errors import did_you_mean
@@ -265,7 +250,7 @@ def _listing(section: str, results: Path) -> list[tuple[str, str]]:
     return [(name, load(name).description) for name in list_configs(section)]
 
 
-for command in (compare, doctor, mirror_command, plan, pretrain):
+for command in (compare, doctor, mirror_command, plan, pretrain, probe):
     main.add_command(command)
 
 

@@ -17,6 +17,8 @@ SCHEMA_VERSION = 3
 
 PROBE_FILE = "probe.parquet"
 """A run's probe values, `ProbeRow` by row."""
+MAPS_FILE = "probe_maps.json"
+"""Beside it: some images' `SimilarityMap`s, and the hashes under "hashes"."""
 PROBE_HASHES = b"prebench_hashes"
 """Key of the hashes (JSON) in that file's metadata."""
 
@@ -153,3 +155,28 @@ class ProbeRow:
     value: float
     n: int
     """Test images (global), images with a defined value (patch), decoded tokens (lm_head), or all images."""
+
+
+@dataclass(frozen=True)
+class SimilarityMap:
+    """How alike the visual tokens of an image are to one of them, at one layer: `probe_maps.json` holds a list."""
+
+    image_id: int
+    """The image's place among the probe's images."""
+    image_hash: str
+    """Content hash of its pixels (`prebench.images.pixel_hash`)."""
+    layer: int
+    """0 is the input of decoder layer 0."""
+    num_layers: int
+    rows: int
+    cols: int
+    query: int
+    """Which patch is asked about, in reading order."""
+    object_id: int
+    """The object that owns it, by the image's mask; 0: none does, or there is no mask."""
+    objects: list[int]
+    """[rows * cols] the owner of each patch, 0 = background."""
+    cosine: list[float]
+    """[rows * cols] cosine of each patch with the query, in reading order."""
+    centred: list[float]
+    """The same after the image's mean token is subtracted."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ def extract_features(
     images: Sequence[Image.Image],
     masks: Sequence[np.ndarray | None],
     batch_size: int = 16,
+    report: Callable[[int], None] | None = None,
 ) -> ProbeFeatures:
     """Run images through vision encoder and decoder and return their probe features.
 
@@ -55,6 +56,7 @@ def extract_features(
         images: n images of any size; read batch by batch, so that a lazy sequence keeps memory flat.
         masks: per image object ids, [H, W] of the image's aspect ratio (0 = background), or None: structure is NaN.
         batch_size: images per forward pass.
+        report: is called after each batch with the number of images that are through.
 
     Raises:
         DataError: no images, other numbers of images and masks, or a mask that does not fit its image.
@@ -73,6 +75,8 @@ def extract_features(
         for number, image, mask in zip(numbers, batch, own_masks, strict=True):
             _check_mask(model, processor, number, image, mask)
         run.add(batch, own_masks)
+        if report is not None:
+            report(numbers.stop)
     return run.features()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 SUBSETS = ("train", "val", "test")
 FEW_SHOT = (10, 100)
 """Training images per class of the few-shot probes."""
+RANDOM_WEIGHTS = "random_weights_"
+"""Starts the metrics of that control."""
 
 
 class AttributeLike(Protocol):
@@ -83,6 +86,30 @@ def probe_rows(
     return rows + extra
 
 
+def random_weights_rows(
+    features: ProbeFeatures,
+    labels: Mapping[str, np.ndarray],
+    subsets: np.ndarray,
+    attributes: Sequence[AttributeLike],
+) -> list[ProbeRow]:
+    """Return the control "random weights": accuracy and patch structure above layer 0, as metrics of their own.
+
+    Args:
+        features: of the model with a language model of random weights (`prebench.probe.random_weights`); at layers -1
+            and 0 they are the model's.
+        labels: as in `probe_rows`.
+        subsets: as in `probe_rows`.
+        attributes: as in `probe_rows`.
+    """
+    layers = list(range(1, features.num_layers + 1))
+    rows = []
+    for attribute in attributes:
+        probe = _AttributeProbe(features, np.asarray(labels[attribute.name]), subsets, attribute)
+        rows += probe.fit(f"{RANDOM_WEIGHTS}accuracy", layers, features.pooled[:, 1:])
+    structure = _structure_rows(features, subsets == "test")
+    return rows + [replace(row, metric=RANDOM_WEIGHTS + row.metric) for row in structure if row.layer > 0]
+
+
 class _AttributeProbe:
     """The linear probes of one attribute."""
 
@@ -110,10 +137,10 @@ class _AttributeProbe:
         encoder = features.encoder_pooled[:, None]
         seed = derive_seed("shuffled labels", self._attribute.name)
         return [
-            *self._fit("accuracy", [ENCODER], encoder),
-            *self._fit("accuracy", list(range(features.num_layers + 1)), features.pooled),
-            *self._fit("shuffled_label_accuracy", [ENCODER], encoder, shuffle_seed=seed),
-            *self._fit("shuffled_label_accuracy", [middle], features.pooled[:, middle : middle + 1], shuffle_seed=seed),
+            *self.fit("accuracy", [ENCODER], encoder),
+            *self.fit("accuracy", list(range(features.num_layers + 1)), features.pooled),
+            *self.fit("shuffled_label_accuracy", [ENCODER], encoder, shuffle_seed=seed),
+            *self.fit("shuffled_label_accuracy", [middle], features.pooled[:, middle : middle + 1], shuffle_seed=seed),
         ]
 
     def few_shot_rows(self) -> list[ProbeRow]:
@@ -123,16 +150,16 @@ class _AttributeProbe:
             train = self._few(count)
             if train is not None:
                 metric = f"accuracy_{count}_per_class"
-                rows += self._fit(metric, [ENCODER], self._features.encoder_pooled[:, None], train=train)
+                rows += self.fit(metric, [ENCODER], self._features.encoder_pooled[:, None], train=train)
                 layers = list(range(self._features.num_layers + 1))
-                rows += self._fit(metric, layers, self._features.pooled, train=train)
+                rows += self.fit(metric, layers, self._features.pooled, train=train)
         return rows
 
     def raw_pixel_rows(self) -> list[ProbeRow]:
         """Return the accuracy on the scaled-down image itself."""
         if self._features.pixels is None:
             return []
-        return self._fit("raw_pixel_accuracy", [ENCODER], self._features.pixels[:, None])
+        return self.fit("raw_pixel_accuracy", [ENCODER], self._features.pixels[:, None])
 
     def _few(self, count: int) -> np.ndarray | None:
         """Draw `count` training images of each class; return None where a class has fewer, or none has more."""
@@ -144,7 +171,7 @@ class _AttributeProbe:
             return None
         return np.sort(np.concatenate([images[:count] for images in own]))
 
-    def _fit(
+    def fit(
         self,
         metric: str,
         layers: Sequence[int],
