@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prebench.errors import InterruptedRunError
 from prebench.jobs import Job, Report, choose_jobs, run_jobs
-from prebench.progress import ProgressLine
+from prebench.progress import ProgressLine, say
 from prebench.records import content_hash
 from prebench.schema import StudyConfig
 from prebench.study import CHECKPOINTS, Run
@@ -66,14 +66,20 @@ def dtype_name(config: StudyConfig) -> str:
 
 def load_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
     """Return what all runs of a study share, and set this process up for training."""
-    from prebench.data.examples import TrainingData
+    from prebench.data.conversations import QUARANTINE, ConversationData, open_data
+    from prebench.data.visual_tokens import pad_to_square
     from prebench.model.builder import build_processor, build_tokenizer
     from prebench.runtime import prepare_cpu
     from prebench.train.loop import TrainingInputs
 
     prepare_cpu(config.preset.train.cpu_threads)
-    data = TrainingData(config.preset.data)
     processor = build_processor(config.preset.model.vision_tower, build_tokenizer())
+    if config.preset.data.pad_to_square:
+        pad_to_square(processor)
+    with _progress("examples looked at", "example") as report:
+        data = open_data(config.preset.data, processor, folder / CACHE, lambda _path, done, total: report(done, total))
+    if isinstance(data, ConversationData) and (left_out := data.write_quarantine(folder / QUARANTINE)):
+        say(f"data: {left_out} examples are left out; {folder / QUARANTINE} lists them with their reasons")
     features = _features(folder, config, processor, data)
     return TrainingInputs(data, processor, features, _external_features(folder, config, data))
 
@@ -115,14 +121,14 @@ def _external_features(folder: Path, config: StudyConfig, data: Any) -> dict[str
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(title: str, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
     """Show a progress line from the first report on; none where everything was stored before."""
     with ExitStack() as stack:
         lines: list[ProgressLine] = []
 
         def report(done: int, total: int) -> None:
             if not lines:
-                lines.append(stack.enter_context(ProgressLine(title, total, "image")))
+                lines.append(stack.enter_context(ProgressLine(title, total, unit)))
             lines[0].update(done)
 
         yield report

@@ -9,9 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from prebench.data.collator import Batch, ExampleOrder, encode_example, pad
+from prebench.data.collator import Batch, Collator, Encoded, ExampleOrder
+from prebench.data.conversations import ConversationData
 from prebench.data.examples import TrainingData
-from prebench.errors import TrainingError
+from prebench.data.order import ConversationOrder
+from prebench.errors import DataError, TrainingError
 from prebench.train.features import FeatureCache
 
 
@@ -19,7 +21,7 @@ from prebench.train.features import FeatureCache
 class TrainingInputs:
     """What every run of a study shares."""
 
-    data: TrainingData
+    data: TrainingData | ConversationData
     processor: Any
     features: FeatureCache | None
     """The frozen tower's outputs; None computes them in every step."""
@@ -35,7 +37,11 @@ class MicroBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, order: ExampleOrder, inputs: TrainingInputs, accelerator: Accelerator, by_length: bool = True
+        self,
+        order: ExampleOrder | ConversationOrder,
+        inputs: TrainingInputs,
+        accelerator: Accelerator,
+        by_length: bool = True,
     ) -> None:
         self.order = order
         self.inputs = inputs
@@ -48,11 +54,10 @@ class MicroBatches(Dataset[Batch]):
         self._size = stage.batch_size // parts
         self._rank = accelerator.process_index
         self._processes = accelerator.num_processes
-        size = inputs.processor.image_processor.size["height"] // inputs.processor.patch_size
-        self._num_image_tokens = size * size
+        self._collate = Collator(inputs.processor, inputs.data, inputs.features)
         self._by_length = by_length
         self._step = -1
-        self._encoded: list[tuple[str, tuple[list[int], list[int]]]] = []
+        self._encoded: list[Encoded] = []
 
     def __len__(self) -> int:
         return self.order.stage.steps * self.order.stage.gradient_accumulation_steps
@@ -64,24 +69,10 @@ class MicroBatches(Dataset[Batch]):
         first = (part * self._processes + self._rank) * self._size
         return self._collate(self._encoded[first : first + self._size])
 
-    def _encode(self, step: int) -> list[tuple[str, tuple[list[int], list[int]]]]:
-        """Return (image_id, (input_ids, labels)) of a step's examples, in the order in which they are shared out."""
-        processor = self.inputs.processor
-        examples = self.order.batch(step)
-        encoded = [(e.image_id, encode_example(processor, e.messages, self._num_image_tokens)) for e in examples]
-        return sorted(encoded, key=lambda item: len(item[1][0])) if self._by_length else encoded
-
-    def _collate(self, encoded: list[tuple[str, tuple[list[int], list[int]]]]) -> Batch:
-        processor = self.inputs.processor
-        input_ids, attention_mask, labels = pad([item for _, item in encoded], processor.tokenizer.pad_token_id)
-        image_ids = tuple(image_id for image_id, _ in encoded)
-        features = pixel_values = None
-        if self.inputs.features is not None:
-            features = self.inputs.features.get(image_ids)
-        else:
-            images = [self.inputs.data.image(i) for i in image_ids]
-            pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return Batch(input_ids, attention_mask, labels, image_ids, pixel_values, features)
+    def _encode(self, step: int) -> list[Encoded]:
+        """Return a step's examples in the order in which they are shared out."""
+        encoded = [self._collate.encode(example) for example in self.order.batch(step)]
+        return sorted(encoded, key=lambda item: len(item.input_ids)) if self._by_length else encoded
 
 
 def optimiser_steps(
@@ -96,11 +87,32 @@ def optimiser_steps(
     """
     accumulation = micro_batches.order.stage.gradient_accumulation_steps
     rest = Subset(micro_batches, range(first * accumulation, len(micro_batches)))
-    loader = iter(DataLoader(rest, batch_size=None, shuffle=False))
+    workers = micro_batches.inputs.data.config.num_workers
+    loader = iter(DataLoader(rest, batch_size=None, shuffle=False, num_workers=workers))
     loader_started()
 
     def grouped() -> Iterator[tuple[int, list[Batch]]]:
         for step in range(first, micro_batches.order.stage.steps):
-            yield step, [next(loader) for _ in range(accumulation)]
+            yield step, [_next(loader) for _ in range(accumulation)]
 
     return grouped()
+
+
+def _next(loader: Iterator[Batch]) -> Batch:
+    """Return the next batch; what failed in a worker is told as if it had failed here.
+
+    Raises:
+        DataError: an example can't be read.
+        TrainingError: a worker is gone.
+    """
+    try:
+        return next(loader)
+    except DataError as error:
+        # torch puts the worker's traceback in front of the message.
+        last = str(error).strip().splitlines()[-1]
+        raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise TrainingError(f"a process that loads batches is gone ({reason}); the same command goes on") from error

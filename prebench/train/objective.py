@@ -66,6 +66,9 @@ class Objective(nn.Module):
                 use_cache=False,
             )
         lm_sum = self._lm_sum(outputs.last_hidden_state, batch.labels)
+        if not len(projected):
+            # Without pictures the projector had no part in the loss; every parameter needs a gradient, if of zeros.
+            lm_sum = lm_sum + projected.sum()
         return LossTerms(lm_sum, self._pre_sum(states, features, batch.image_ids), states.at(0).detach())
 
     def _encode(self, pixel_values: Tensor | None) -> Tensor:

@@ -15,7 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from prebench.data.collator import Batch, ExampleOrder
+from prebench.data.collator import Batch
+from prebench.data.order import data_order
 from prebench.errors import InterruptedRunError, TrainingError
 from prebench.model.freezing import freeze_for_stage
 from prebench.records import content_hash
@@ -82,7 +83,7 @@ class Stage:
             self._optimizers["model"], self.config.warmup_steps, self.config.steps
         )
         by_length = regularizer is None or not regularizer.random_neighbours
-        order = ExampleOrder(inputs.data, self.config, name, shared.seed)
+        order = data_order(inputs.data, self.config, name, shared.seed)
         self._micro_batches = MicroBatches(order, inputs, shared.accelerator, by_length)
         if shared.accelerator.num_processes > 1:
             shared.accelerator.free_memory()  # the wrapper of the stage before would still average gradients

@@ -127,13 +127,15 @@ def pool_by_image(tokens_MD: Tensor, image_of_token: Tensor, share_M: Tensor) ->
 
 
 @torch.no_grad()
-def anchor_statistics(anchor_MD: Tensor) -> dict[str, float]:
+def anchor_statistics(anchor_MD: Tensor) -> dict[str, float | None]:
     """Return the health of the anchor: what a trivial solution would exploit.
 
     `anchor_norm` is the mean L2 norm; `anchor_rank` the participation ratio (sum of eigenvalues)^2 / sum of squared
     eigenvalues of the covariance; `constant_cosine` the mean cosine that the best constant predictor reaches, which is
-    the length of the mean unit vector.
+    the length of the mean unit vector. All are None without visual tokens.
     """
+    if not len(anchor_MD):
+        return dict.fromkeys(("anchor_norm", "anchor_rank", "constant_cosine"))
     tokens = anchor_MD.float()
     centred = tokens - tokens.mean(0)
     covariance = centred.T @ centred / max(1, len(tokens) - 1)
