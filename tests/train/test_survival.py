@@ -1,0 +1,175 @@
+"""The real command, killed, asked to end, out of disk and with damaged files: the same command ends with equal bytes.
+
+More moments than in a test: `PREBENCH_KILLS=20 pytest -m slow tests/train/test_survival.py` (about ten seconds each).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prebench.config import load_preset, load_suite, load_variant
+from prebench.errors import InterruptedRunError
+from prebench.schema import StudyConfig
+from prebench.study import open_study
+from tests.tiny_study import SETTINGS, assert_refused, call, command
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("PREBENCH_KILLS", "2"))
+STEPS = {"train.align.steps": 20, "train.instruct.steps": 60, "train.log_every": 1, "train.checkpoint_every": 6}
+TOTAL = 80
+TIMEOUT = 300.0
+ALONE: tuple[object, ...] = ("--jobs", 1)
+
+
+def make_study(results: Path, variants: tuple[str, ...] = ("pre",), **changes: object) -> Path:
+    settings = SETTINGS | STEPS | {name.replace("__", "."): value for name, value in changes.items()}
+    config = StudyConfig(
+        name="s",
+        preset=load_preset("smoke", [f"{name}={value}" for name, value in settings.items()]),
+        suite=load_suite("smoke"),
+        variants=tuple(load_variant(name) for name in variants),
+        seeds=(0,),
+    )
+    open_study(results / "s", config)
+    return results / "s"
+
+
+def train_command(study: Path, *more: object) -> list[str]:
+    return command("train", "--study", study.name, "--results", study.parent, *more)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not happened():
+        assert process.poll() is None, process.stderr.read() if process.stderr else "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def num_lines(run: Path) -> int:
+    path = run / "train.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def result(run: Path) -> tuple[str, list[dict[str, object]]]:
+    """Return the hash of the trained weights and the log without its times."""
+    assert not (run / "checkpoints").exists()
+    digest = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    return digest, [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, object]]]:
+    study = make_study(tmp_path_factory.mktemp("plain"), train__checkpoint_every=0)
+    done = call(train_command(study, *ALONE))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return result(study / "runs" / "pre-s0")
+
+
+def kill_at(study: Path, lines: int, delay: float, arguments: list[str]) -> None:
+    """Kill training `delay` seconds after its log has `lines` lines, whatever it is doing then."""
+    process = start(arguments)
+    wait_until(process, lambda: num_lines(study / "runs" / "pre-s0") >= lines)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_at_random_moments_of_both_stages_it_ends_with_the_bytes_of_the_undisturbed(tmp_path, undisturbed):
+    study = make_study(tmp_path)
+    moments = random.Random(KILLS)  # noqa: S311
+    for number in range(KILLS):
+        lines = 1 + (TOTAL - 12) * number // KILLS + moments.randrange(3)
+        kill_at(study, lines, moments.uniform(0, 0.05), train_command(study, *ALONE))
+        assert not (study / "runs" / "pre-s0" / "model").exists(), "killed too late"
+    done = call(train_command(study, *ALONE))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pre-s0: goes on after step" in done.stderr
+    assert result(study / "runs" / "pre-s0") == undisturbed
+
+
+def test_sigterm_a_full_disk_and_a_flipped_byte_one_after_the_other(tmp_path, undisturbed):
+    study = make_study(tmp_path)
+    run = study / "runs" / "pre-s0"
+    process = start(train_command(study, *ALONE))
+    wait_until(process, lambda: num_lines(run) >= 8)
+    process.terminate()
+    assert process.stderr is not None
+    _, said = process.communicate()
+    assert process.returncode == InterruptedRunError.exit_code, said
+    assert "Traceback" not in said and "the same command goes on there" in said.splitlines()[-1]
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    # The log ends at the step that is saved: nothing is lost.
+    assert saved[-1] == f"step-{num_lines(run):08d}"
+
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # the log fits, the language model does not
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    full = call(train_command(study, *ALONE), preexec=no_room)
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert_refused(full, "can't be written", f"kept: {saved[-1]}; make room and start the same command again")
+    assert len(saved) == 2, "the half of a checkpoint is left"
+
+    weights = run / "checkpoints" / saved[-1] / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(bytes(content))
+    done = call(train_command(study, *ALONE))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" in done.stderr and "weights.safetensors differs from its hash" in done.stderr
+    assert result(run) == undisturbed
+
+
+def test_sigterm_reaches_workers_and_a_vanished_worker_costs_the_others_nothing(tmp_path, undisturbed):
+    study = make_study(tmp_path, ("baseline", "pre"))
+    folders = [study / "runs" / name for name in ("baseline-s0", "pre-s0")]
+    both = train_command(study, "--jobs", 2)
+    process = start(both)
+    wait_until(process, lambda: min(map(num_lines, folders)) >= 3)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == InterruptedRunError.exit_code and "Traceback" not in said, said
+    assert all(list((folder / "checkpoints").glob("step-*")) for folder in folders)
+    before = [num_lines(folder) for folder in folders]
+
+    process = start(both)
+    wait_until(process, lambda: all(num_lines(f) > n for f, n in zip(folders, before, strict=True)))
+    os.kill(worker_of(process.pid), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "a training process died" in said.splitlines()[-1], said
+    assert "Traceback" not in said
+
+    done = call(train_command(study, *ALONE))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert result(folders[1]) == undisturbed
+
+
+def worker_of(parent: int) -> int:
+    """Return one of the processes that train for this one."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return max(int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
