@@ -45,6 +45,7 @@ _LATEX = str.maketrans(
         "−": "$-$",
         "ρ": r"$\rho$",
         "Δ": r"$\Delta$",
+        "λ": r"$\lambda$",
     }
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 
-from prebench.analysis import degradation, question_types, verdict
+from prebench.analysis import ablation, degradation, dose, question_types, verdict
 from prebench.analysis.compare import TOO_FEW_SEEDS, compare, references
 from prebench.analysis.join import Study
 from prebench.analysis.render import interval, marked, percent, text_table
@@ -22,7 +22,8 @@ def summary_text(study: Study, width: int = WIDTH) -> str:
         StoreError: a record is damaged.
     """
     parts = [_scores(study, width)]
-    tables = (question_types.text(study, width), _degradation(study, width), _differences(study, width))
+    tables = [question_types.text(study, width), _degradation(study, width), _differences(study, width)]
+    tables += [ablation.text(study, width), dose.text(study, width)]
     parts += [table for table in tables if table]
     parts.append("".join(f"{textwrap.fill(line, width)}\n" for line in verdict.sentences(study)))
     return "\n".join(parts).rstrip("\n")

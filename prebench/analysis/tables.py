@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prebench.analysis import degradation, learning_curves, question_types, seeds, statistics, verdict
+from prebench.analysis import ablation, degradation, dose, learning_curves, question_types, seeds, statistics, verdict
 from prebench.analysis.compare import references
 from prebench.analysis.join import Run, Study, gain, scores_frame
 from prebench.analysis.render import NOT_DEFINED, interval, latex_table, marked, p_value, percent, to_csv
@@ -82,6 +82,10 @@ def make_tables(study: Study, curves: pd.DataFrame) -> dict[str, Made]:
         "degradation": _degradation,
         "correlation": _correlation,
     }
+    if ablation.is_ablation(study):
+        makers["ablation"] = ablation.table
+    if dose.is_dosed(study):
+        makers |= {"dose_response": dose.table, "dose_trend": dose.trends}
     made = {name: make(study) for name, make in makers.items()}
     if not curves.empty:
         made["matched"] = learning_curves.matched_table(study, curves)
