@@ -12,7 +12,7 @@ from prebench.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from prebench.data.download import HubTask
-    from prebench.schema import SuiteConfig
+    from prebench.schema import SuiteConfig, VisionTowerConfig
 
 
 @click.command()
@@ -184,7 +184,12 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 
 
 @click.command()
-@click.argument("model_or_run", type=click.Path(path_type=Path))
+@click.argument("model_or_run", type=click.Path(path_type=Path), required=False)
+@click.option("--data", "data", help="Check training data instead: a preset, or a .json, .jsonl or .parquet file.")
+@click.option(
+    "--image-root", type=click.Path(path_type=Path), help="Of a file: its images' folder; its own by default."
+)
+@click.option("--max-length", type=click.IntRange(min=2), help="Of a file: tokens of an example; no limit by default.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--dtype",
@@ -209,22 +214,41 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 @click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write everything to a file.")
 @click.pass_context
 def doctor(
-    ctx: click.Context, model_or_run: Path, documents: int, generated: int, output: Path | None, **settings: Any
+    ctx: click.Context,
+    model_or_run: Path | None,
+    data: str | None,
+    image_root: Path | None,
+    max_length: int | None,
+    documents: int,
+    generated: int,
+    output: Path | None,
+    **settings: Any,
 ) -> None:
-    """Check that a model's answers depend on its weights and the question alone.
+    """Check that a model's answers depend on its weights and the question alone; or check training data.
 
     Asks generated documents (several questions per picture, two pictures, none) at every batch size, in shuffled
     order, in one process and in several, and compares with plain model.generate. MODEL_OR_RUN is an exported model's
     folder, or a run's folder that holds one in model/. Ends with 0 where no answer changed, 1 where some did, 2 where
     the check could not be made.
 
+    With --data every training example is looked at: counts, lengths, truncations, text-only share, turns, and what is
+    malformed or has a bad picture. Lengths are in tokens of the preset's processor, of MODEL_OR_RUN where it is named,
+    else of the embedded preset's. Ends with 2 where more is bad than the preset's data.max_bad_share.
+
     \b
     Examples:
+      prebench doctor --data my-preset.yaml
+      prebench doctor --data llava_v1_5_mix665k.json --image-root data --json data.json
       prebench doctor results/full-embedded/runs/pre-s0
       prebench doctor ~/models/llava-1.5-7b-hf --device cuda --documents 100
       prebench doctor MODEL --dtype bfloat16 --batch-sizes 1,8,32 --processes 1
       prebench doctor MODEL --documents 2000 --json doctor.json
     """
+    if data is not None:
+        _check_data(data, model_or_run, image_root, max_length, output)
+        return
+    if model_or_run is None or image_root or max_length:
+        raise ConfigError("name a model's folder, or training data with --data (--image-root, --max-length are for it)")
     import tempfile
 
     from prebench.data.check_documents import check_documents
@@ -232,8 +256,7 @@ def doctor(
     from prebench.evaluation.doctor import Document, Plan, examine
     from prebench.store import write_json
 
-    inner = model_or_run / "model"
-    model_dir = inner if not (model_or_run / "config.json").is_file() and inner.is_dir() else model_or_run
+    model_dir = _model_dir(model_or_run)
     with tempfile.TemporaryDirectory(prefix="prebench-doctor-") as folder:
         found = check_documents(Path(folder), documents)
         asked = tuple(Document(question=text, images=images) for text, images in found)
@@ -243,3 +266,60 @@ def doctor(
     if output is not None:
         write_json(output, doctor_report.as_json(report, model_dir, about))
     ctx.exit(1 if report.flips else 0)
+
+
+def _model_dir(model_or_run: Path) -> Path:
+    inner = model_or_run / "model"
+    return inner if not (model_or_run / "config.json").is_file() and inner.is_dir() else model_or_run
+
+
+def _check_data(
+    name: str, model_or_run: Path | None, image_root: Path | None, max_length: int | None, output: Path | None
+) -> None:
+    from prebench.config import load_preset
+    from prebench.data.data_report import as_json, file_config, inspect, table
+    from prebench.progress import ProgressLine
+    from prebench.schema import VisionTowerConfig
+    from prebench.store import write_json
+
+    is_file = name.endswith((".json", ".jsonl", ".parquet"))
+    if not is_file and (image_root or max_length):
+        raise ConfigError("--image-root and --max-length are for files; a preset names its own")
+    preset = None if is_file else load_preset(name)
+    config = file_config(Path(name), image_root, max_length) if preset is None else preset.data
+    tower = VisionTowerConfig() if preset is None else preset.model.vision_tower
+    processor = _processor(model_or_run, tower)
+    lines: dict[str, ProgressLine] = {}
+
+    def report(path: str, done: int, total: int) -> None:
+        if path not in lines:
+            lines[path] = ProgressLine(Path(path).name, total, "example").__enter__()
+        lines[path].update(done)
+        if done == total:
+            lines[path].__exit__(None, None, None)
+
+    found = inspect(config, processor, report)
+    click.echo(table(found, config))
+    if output is not None:
+        write_json(output, as_json(found))
+    failed = [source.name for source in found if source.is_error(config.max_bad_share)]
+    if failed:
+        raise DataError(f"{', '.join(failed)}: more examples are bad than data.max_bad_share allows")
+
+
+def _processor(model_or_run: Path | None, tower: VisionTowerConfig) -> Any:
+    """Return the processor that counts tokens: a model's, or the embedded tokenizer with a preset's picture size."""
+    from prebench.errors import ModelError
+    from prebench.model.builder import build_processor, build_tokenizer
+
+    if model_or_run is None:
+        return build_processor(tower, build_tokenizer())
+    from transformers import AutoProcessor
+
+    folder = _model_dir(model_or_run)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder")
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its processor can't be read ({str(error).splitlines()[0]})") from error

@@ -27,6 +27,7 @@ from prebench.train.checkpoint import Checkpoint, Checkpoints
 from prebench.train.log import LogLine
 from prebench.train.objective import LossTerms, Objective
 from prebench.train.random_state import random_state, restore_random_state
+from prebench.train.processes import on_main
 from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
 from prebench.train.validation import Validation
 
@@ -237,8 +238,9 @@ class Stage:
     def _save(self, checkpoints: Checkpoints, steps: int, done: int) -> None:
         accelerator = self._shared.accelerator
         random_states = gather_object([random_state(accelerator.device)])
-        if not accelerator.is_main_process:
-            return
+        on_main(accelerator, lambda: self._write(checkpoints, steps, done, random_states))
+
+    def _write(self, checkpoints: Checkpoints, steps: int, done: int, random_states: list[dict[str, Tensor]]) -> None:
         tensors: dict[str, Mapping[str, Tensor]] = {"weights": self._saved_weights()}
         tensors["stage_start"] = self._start
         state: dict[str, Any] = {"stage": self.name, "step": done, "schedule": self._schedule.state_dict()}
@@ -291,7 +293,7 @@ def _finite(term: LossTerms) -> bool:
 def _losses(accelerator: Accelerator, terms: list[LossTerms], targets: int, images: int) -> LogLine:
     lm_sum = accelerator.reduce(sum(t.lm_sum.detach() for t in terms), reduction="sum")
     line: LogLine = {"lm_loss": lm_sum.item() / max(1, targets), "pre_loss": None}
-    if terms[0].pre_sum is not None:
+    if terms[0].pre_sum is not None and images:
         pre_sum = accelerator.reduce(sum(t.pre_sum.detach() for t in terms if t.pre_sum is not None), "sum")
         line["pre_loss"] = pre_sum.item() / max(1, images)
     return line
