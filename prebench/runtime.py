@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -128,6 +129,18 @@ def sigterm_noted() -> Iterator[Callable[[], bool]]:
         yield lambda: _Sigterm.came
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Load something large that stays: Python's garbage collector does not look through it again and again afterwards.
+
+    A look through the objects of torch and transformers takes 0.3 s. What an earlier loading left is freed first.
+    """
+    gc.unfreeze()
+    gc.collect()
+    yield
+    gc.freeze()
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -9,6 +9,7 @@ goes on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,8 @@ from prebench.evaluation.decoding import Prefixes, Row, Sampler, choose, decode,
 from prebench.evaluation.generation import Answer, GenerationRequest, Known, truncate
 from prebench.evaluation.prompts import Encoded, Images, PromptBuilder, context_length, one_line
 from prebench.evaluation.reading import Job, Window, read_windows
-from prebench.runtime import choose_device, choose_dtype, derive_seed, keep_freed_memory, prepare_cpu
+from prebench.evaluation.threads import Work, num_workers, side_by_side
+from prebench.runtime import choose_device, choose_dtype, derive_seed, keep_freed_memory, loading, prepare_cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +37,10 @@ T = TypeVar("T")
 DEFAULT_TOKEN_BUDGET = 0
 """Chosen by the memory that is free."""
 SMALLEST_BUDGET = 512
-LARGEST_BUDGET = {"cpu": 16_384, "cuda": 131_072}
-"""More tokens in a batch are no faster."""
+LARGEST_BUDGET = {"cpu": 4_096, "cuda": 131_072}
+"""More tokens in a batch are no faster; on a CPU they leave its caches."""
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
-"""Of the free memory, for a batch."""
+"""Of the free memory, for the batches that are computed at once."""
 PLANNED_NEW_TOKENS = 64
 """Most answers are far shorter than their limit: the budget plans with at most this many new tokens."""
 SUPPORTED = ("llava", "llava_next", "vipllava")
@@ -64,8 +66,8 @@ class Engine:
             model_dir: the folder with config.json, processor and weights.
             device: "auto", "cpu" or "cuda".
             dtype: "auto" (bfloat16 on CUDA, float32 on a CPU), "float32" or "bfloat16".
-            token_budget: largest number of tokens (rows x positions) in one batch; 0: what the free memory holds. It
-                halves by itself where memory ends.
+            token_budget: largest number of tokens (rows x positions) in one batch, of which a CPU computes several at
+                once; 0: what the free memory holds. It halves by itself where memory ends.
 
         Raises:
             ModelError: the folder holds no supported model.
@@ -73,7 +75,8 @@ class Engine:
         prepare_cpu()
         keep_freed_memory()
         self.device = choose_device(device)
-        self.model, self.processor = load_model(model_dir, self.device, choose_dtype(dtype, self.device))
+        with loading():
+            self.model, self.processor = load_model(model_dir, self.device, choose_dtype(dtype, self.device))
         self.token_budget = token_budget or free_budget(self.model)
         self._memory_ended = False
         self._tokenizer = self.processor.tokenizer
@@ -83,19 +86,13 @@ class Engine:
         )
 
     def generate(self, requests: Iterable[GenerationRequest], known: Known | None = None) -> Iterator[Answer]:
-        """Answer requests; yields one answer per request, grouped by prefix, not in the order of the input.
+        """Answer requests; yields one answer per request, grouped by prefix, as they come.
 
         Args:
             requests: an iterator is enough; it is read in windows, in a thread of its own.
             known: asked for each rendered prompt; its text is the answer, and nothing is computed for it.
         """
-        for window in read_windows(self._prompts, requests, known):
-            yield from window.answers
-            for batch in self._plan(window):
-                self._memory_ended = False
-                yield from self._answer(batch, window.images)
-                if self._memory_ended:
-                    self.token_budget = max(self.token_budget // 2, min(SMALLEST_BUDGET, self.token_budget))
+        return side_by_side(self._works(requests, known), num_workers(self.model))
 
     def extract(
         self, images: Sequence[Image.Image], masks: Sequence[np.ndarray | None], batch_size: int = 16
@@ -104,6 +101,21 @@ class Engine:
         from prebench.probe.extract import extract_features
 
         return extract_features(self.model, self.processor, images, masks, batch_size=batch_size)
+
+    def _works(self, requests: Iterable[GenerationRequest], known: Known | None) -> Iterator[Work[Answer]]:
+        """Yield what is to be computed, batch by batch."""
+        for window in read_windows(self._prompts, requests, known):
+            if window.answers:
+                yield partial(iter, window.answers)
+            for batch in self._plan(window):
+                yield partial(self._shrinking, batch, window.images)
+
+    def _shrinking(self, groups: list[list[Job]], images: Images) -> Iterator[Answer]:
+        """Answer groups; where memory ended, later batches are smaller."""
+        yield from self._answer(groups, images)
+        if self._memory_ended:
+            self._memory_ended = False
+            self.token_budget = max(self.token_budget // 2, min(SMALLEST_BUDGET, self.token_budget))
 
     def _plan(self, window: Window) -> Iterator[list[list[Job]]]:
         """Yield lists of groups: jobs of one group share their prefix; groups of one list have equal shapes."""
@@ -165,7 +177,7 @@ class Engine:
             yield self._finished(job, ids)
 
     def _attempt(self, compute: Callable[[], T]) -> T | str:
-        """Return what `compute` gives, or one line of error; where memory ended, later batches are smaller.
+        """Return what `compute` gives, or one line of error.
 
         The error itself is let go before anything is tried again: its traceback holds the tensors that were too large.
         """
@@ -265,8 +277,8 @@ def free_budget(model: Any) -> int:
     activations = 8 * (text.hidden_size + text.intermediate_size)
     num_bytes = (2 * cache + activations) * model.dtype.itemsize  # the prefixes' cache, and that of the rows
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    fitting = int(MEMORY_SHARE.get(device.type, 0.25) * free / num_bytes)
-    return max(SMALLEST_BUDGET, min(fitting, LARGEST_BUDGET.get(device.type, 16_384)))
+    fitting = int(MEMORY_SHARE.get(device.type, 0.25) * free / num_bytes / num_workers(model))
+    return max(SMALLEST_BUDGET, min(fitting, LARGEST_BUDGET.get(device.type, 4_096)))
 
 
 def _inputs(prompt: Encoded, images: Images) -> list[dict[str, Tensor]]:

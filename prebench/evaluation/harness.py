@@ -29,13 +29,14 @@ from prebench.evaluation.answers import AnswerLog, answer_file, decided_by
 from prebench.evaluation.documents import DecodedOnce
 from prebench.evaluation.engine import Engine
 from prebench.evaluation.generation import Answer, GenerationRequest, generation_settings
-from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE
+from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE, probe_maps
 from prebench.evaluation.prompts import DOCUMENT_ERRORS, one_line
 from prebench.evaluation.protocols import protocol_of
 from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource
+from prebench.probe.files import write_maps, write_rows
 from prebench.records import (
+    MAPS_FILE,
     PROBE_FILE,
-    PROBE_HASHES,
     DocumentRecord,
     ProbeRow,
     SampleRecord,
@@ -45,7 +46,7 @@ from prebench.records import (
 )
 from prebench.runtime import versions
 from prebench.schema import TaskConfig
-from prebench.store import read_json, read_jsonl, write_bytes, write_jsonl, write_record
+from prebench.store import read_json, read_jsonl, write_jsonl, write_record
 
 MODEL_NAME = "prebench"
 """Under which tasks look for model-specific prompts: one name for all variants, so that prompts agree."""
@@ -220,6 +221,8 @@ def evaluate_probe(
 ) -> list[ProbeRow]:
     """Extract features of all probe images, fit the probes in the task's aggregation, and write `probe.parquet`.
 
+    Beside it some images' similarity maps are written (`probe_maps.json`).
+
     Raises:
         EvaluationError: an image can't be read.
         DataError: labels that no probe can be fitted on.
@@ -238,7 +241,8 @@ def evaluate_probe(
             raise EvaluationError(f"{title}: {errors[0]}")
         loaded.aggregate([results[d] for d in doc_ids], Path(folder))  # type: ignore[misc]
         rows = [ProbeRow(**row) for row in read_json(Path(folder) / LAYERS_FILE)]
-    _write_parquet(run.run_dir / PROBE_FILE, rows, hashes)
+    write_maps(run.run_dir / MAPS_FILE, probe_maps(engine.model, engine.processor, loaded.documents), hashes)
+    write_rows(run.run_dir / PROBE_FILE, rows, hashes)  # last: its presence says "complete"
     send({"title": title, "done": len(doc_ids), "total": len(doc_ids)})
     return rows
 
@@ -332,21 +336,6 @@ def _sample(
         unparsed=loaded.is_unparsed(result),
         truncated=answer.truncated,
     )
-
-
-def _write_parquet(path: Path, rows: list[ProbeRow], hashes: dict[str, str]) -> None:
-    import json
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from prebench.records import to_dict
-
-    table = pa.Table.from_pylist([to_dict(row) for row in rows])
-    table = table.replace_schema_metadata({PROBE_HASHES: json.dumps(hashes, sort_keys=True)})
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    write_bytes(path, buffer.getvalue().to_pybytes())
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -27,8 +27,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from prebench.errors import EvaluationError
 from prebench.probe.features import ProbeFeatures
+from prebench.probe.similarity_maps import shown_images, similarity_maps
 from prebench.probe.summary import ENCODER, probe_rows
-from prebench.records import ProbeRow, to_dict
+from prebench.records import ProbeRow, SimilarityMap, to_dict
 from prebench.schema import AttributeConfig
 from prebench.store import write_json
 
@@ -97,6 +98,33 @@ def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict
     item = {"shard": shard, "row": row, "labels": labels, "subset": document["subset"]}
     item |= {"num_docs": document[SIZE_COLUMN], "index": document.get(INDEX_COLUMN, 0)}
     return dict.fromkeys(("mid_depth_accuracy", "encoder_accuracy", "degradation"), item)
+
+
+def probe_maps(model: Any, processor: Any, documents: Any) -> list[SimilarityMap]:
+    """Return similarity maps of the first test images with two objects: the same images for every model.
+
+    Args:
+        model: in evaluation mode.
+        processor: its processor.
+        documents: the task's split.
+    """
+    masks = _Column(documents, "mask")
+    tested = [number for number, subset in enumerate(documents["subset"]) if subset == "test"]
+    return similarity_maps(model, processor, _Column(documents, "image"), masks, shown_images(masks, tested))
+
+
+class _Column(Sequence[Any]):
+    """A column of pictures or masks, decoded row by row; None throughout where there is none."""
+
+    def __init__(self, documents: Any, name: str) -> None:
+        self._documents, self._name = documents, name
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        value = self._documents[index].get(self._name)
+        return value if value is None or self._name == "image" else np.asarray(value)
 
 
 def mid_depth_accuracy(items: Sequence[Item]) -> float:

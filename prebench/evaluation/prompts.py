@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
@@ -101,6 +102,7 @@ class ImageStore:
         self._image_token_id = image_token_id
         self._inputs: OrderedDict[str, ImageInputs] = OrderedDict()
         self._num_bytes = 0
+        self._num_tokens: dict[tuple[int, int], int] = {}
         self.largest = 0
         """Bytes of the largest preprocessed image so far."""
 
@@ -141,16 +143,25 @@ class ImageStore:
             return [self._chunk([image])[0] for image in images]
 
     def _preprocess(self, images: list[Image.Image]) -> list[ImageInputs]:
-        batch = self._processor(text=[self._processor.image_token] * len(images), images=images, return_tensors="pt")
-        num_tokens = (batch.pop("input_ids") == self._image_token_id).sum(dim=1).tolist()
-        batch.pop("attention_mask", None)
-        batch.pop("mm_token_type_ids", None)
+        """Preprocess images of equal size, which have equal numbers of tokens: the first of a size tells it."""
+        size = images[0].size
+        if size not in self._num_tokens:
+            self._num_tokens[size] = self._count_tokens(images[0])
+        batch = self._processor.image_processor(images, return_tensors="pt")
         if any(len(tensor) != len(images) for tensor in batch.values()):
             raise ValueError("the processor does not give one row per image")
         return [
-            ImageInputs({name: tensor[row : row + 1] for name, tensor in batch.items()}, count)
-            for row, count in enumerate(num_tokens)
+            ImageInputs({name: tensor[row : row + 1] for name, tensor in batch.items()}, self._num_tokens[size])
+            for row in range(len(images))
         ]
+
+    def _count_tokens(self, image: Image.Image) -> int:
+        """Return the number of tokens that the processor, which joins tokenizer and image processor, puts in."""
+        batch = self._processor(text=self._processor.image_token, images=image, return_tensors="pt")
+        alone = self._processor.image_processor(image, return_tensors="pt")
+        if any(name not in batch or not torch.equal(batch[name], tensor) for name, tensor in alone.items()):
+            raise ValueError("the processor changes what its image processor gives")
+        return int((batch["input_ids"] == self._image_token_id).sum())
 
     def _keep(self, key: str, inputs: ImageInputs | str) -> None:
         if key in self._inputs or isinstance(inputs, str):

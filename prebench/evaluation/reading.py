@@ -18,7 +18,7 @@ from prebench.evaluation.prompts import DOCUMENT_ERRORS, Encoded, Images, Prompt
 
 WINDOW = 256
 """Requests that are looked at together for shared prefixes."""
-FIRST_WINDOW = 32
+FIRST_WINDOW = 64
 """The first window is small, so that the engine starts early; each has twice as many as the one before."""
 WINDOW_BYTES = 64_000_000
 """Of a window's distinct images, decoded or preprocessed, whichever is more."""
