@@ -25,13 +25,29 @@ ALPHA = 0.05
 MIN_SEEDS = 3
 """With fewer seeds no verdict about the training procedure is given, whatever the documents say."""
 
+MARGIN = 0.01
+"""Equivalence margin: the paper's gains are about a point, so less than one either way is called no change."""
+
 ESTIMAND_MODELS = "these two trained models, over images like these"
 ESTIMAND_PROCEDURE = "the training procedure (population of seeds), on this test set"
 
 HIGHER = "higher"
 LOWER = "lower"
 NO_DIFFERENCE = "no difference shown"
+EQUIVALENT = "equivalent within"
+"""Followed by the margin."""
 TOO_FEW_SEEDS = "too few seeds to conclude for the procedure"
+
+T_TEST = "t over seeds"
+SIGN_FLIPS = "sign flips of images"
+MCNEMAR = "McNemar, exact"
+
+
+_TESTS = {
+    T_TEST: "a t test over the differences of the seeds",
+    SIGN_FLIPS: "sign flips of whole images",
+    MCNEMAR: "McNemar's exact test (one question per image)",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,7 @@ class TaskComparison:
     """95% cluster-bootstrap interval over images, for these trained models (equals low with one seed)."""
     high_images: float | None
     p: float | None
-    """Unadjusted: t test over seeds, or, with one seed, sign flips of whole images."""
+    """Unadjusted, of `test`."""
     p_holm: float | None
     """Adjusted over the tasks of this comparison."""
     p_seeds_exact: float | None
@@ -71,6 +87,15 @@ class TaskComparison:
     mdd_images: float | None
     """The same from the documents alone: what more seeds can't improve on."""
     verdict: str
+    test: str
+    """Which test p is of: t over seeds; with one seed sign flips of whole images, or McNemar's where each image has one
+    question and every score is 0 or 1."""
+    margin: float
+    """Equivalence margin."""
+    p_equivalence: float | None
+    """Two one-sided tests of a difference of the margin or more, at the level of the estimand."""
+    p_equivalence_holm: float | None
+    """Adjusted over the tasks of this comparison."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +128,16 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def compare(study: Study, a: str, b: str) -> Comparison:
+def compare(study: Study, a: str, b: str, margin: float = MARGIN) -> Comparison:
     """Compare variant b with variant a (the baseline) on every task and on degradation.
 
     Only common seeds are compared. Holm's correction runs over the tasks of this comparison.
+
+    Args:
+        study: the study.
+        a: the baseline.
+        b: the other variant.
+        margin: a difference smaller than this either way counts as none, as a fraction.
 
     Raises:
         ComparisonError: a variant was not run, both are one, they share no seed, or neither a task nor the probe
@@ -124,11 +155,7 @@ def compare(study: Study, a: str, b: str) -> Comparison:
     degraded = tuple(_compare_degradation(study, a, b))
     if not shared and not degraded:
         raise ComparisonError(f"study {study.name!r}: no task has results of both {a!r} and {b!r} for one seed")
-    rows = [_compare_task(study, task, a, b) for task in shared]
-    adjusted = statistics.holm([row.p for row in rows])
-    tasks = tuple(
-        dataclasses.replace(row, p_holm=p, verdict=_verdict(row, p)) for row, p in zip(rows, adjusted, strict=True)
-    )
+    tasks = _adjusted([_compare_task(study, task, a, b, margin) for task in shared])
     return Comparison(
         study=study.name,
         a=a,
@@ -140,12 +167,26 @@ def compare(study: Study, a: str, b: str) -> Comparison:
     )
 
 
-def _compare_task(study: Study, task: TaskConfig, a: str, b: str) -> TaskComparison:
-    return compare_pairs(task, paired_samples(study, task.task, a, b), *references(study, task.task))
+def _compare_task(study: Study, task: TaskConfig, a: str, b: str, margin: float) -> TaskComparison:
+    return compare_pairs(task, paired_samples(study, task.task, a, b), *references(study, task.task), margin)
+
+
+def _adjusted(rows: list[TaskComparison]) -> tuple[TaskComparison, ...]:
+    """Correct for the number of tasks, then give the verdicts."""
+    differ, equal = (statistics.holm([getattr(row, p) for row in rows]) for p in ("p", "p_equivalence"))
+    found = []
+    for row, p, same in zip(rows, differ, equal, strict=True):
+        known = dataclasses.replace(row, p_holm=p, p_equivalence_holm=same)
+        found.append(dataclasses.replace(known, verdict=_verdict(known)))
+    return tuple(found)
 
 
 def compare_pairs(
-    task: TaskConfig, pairs: PairedSamples, majority: float | None = None, blind: float | None = None
+    task: TaskConfig,
+    pairs: PairedSamples,
+    majority: float | None = None,
+    blind: float | None = None,
+    margin: float = MARGIN,
 ) -> TaskComparison:
     """Compare paired documents of one task; `p_holm` and `verdict` are left to `compare`, which knows all tasks.
 
@@ -154,6 +195,7 @@ def compare_pairs(
         pairs: both variants' scores per seed and document.
         majority: the task's score of the most frequent answer, to be shown beside.
         blind: its score without pictures, likewise.
+        margin: of equivalence, as a fraction.
     """
     frame = pairs.frame.assign(difference=pairs.frame["score_b"] - pairs.frame["score_a"])
     by_seed = frame.groupby("seed")["difference"].mean().to_numpy()
@@ -163,18 +205,22 @@ def compare_pairs(
     # The resampling stream depends on the study's data alone, so that both directions of a pair use the same one.
     stream = derive_seed("compare", task.task) % 2**32
     over_images = statistics.cluster_bootstrap(differences, images, seed=stream)
-    mdd_images = statistics.minimum_detectable_difference(
-        statistics.cluster_standard_error(differences, images), max(1, n_images - 1)
-    )
-    n_seeds = len(pairs.seeds)
+    error = statistics.cluster_standard_error(differences, images)
+    mdd_images = statistics.minimum_detectable_difference(error, max(1, n_images - 1))
+    n_seeds, degrees = len(pairs.seeds), n_images - 1
     if n_seeds == 1:
         interval, estimand, mdd = over_images, ESTIMAND_MODELS, mdd_images
-        sums, _ = statistics.cluster_totals(differences, images)
-        p = statistics.sign_flip_p(sums, seed=stream) if n_images > 1 else None
+        test, p = _one_seed_p(frame, images, differences, stream)
     else:
-        interval, estimand, p = statistics.t_interval(by_seed), ESTIMAND_PROCEDURE, statistics.t_p(by_seed)
-        error = float(np.std(by_seed, ddof=1)) / math.sqrt(n_seeds)
-        mdd = statistics.minimum_detectable_difference(error, n_seeds - 1) if interval else None
+        interval, estimand, p, test = (
+            statistics.t_interval(by_seed),
+            ESTIMAND_PROCEDURE,
+            statistics.t_p(by_seed),
+            T_TEST,
+        )
+        error, degrees = float(np.std(by_seed, ddof=1)) / math.sqrt(n_seeds), n_seeds - 1
+        mdd = statistics.minimum_detectable_difference(error, degrees) if interval else None
+    difference = float(by_seed.mean())
     return TaskComparison(
         task=task.task,
         label=task.label,
@@ -184,7 +230,7 @@ def compare_pairs(
         score_b=float(frame["score_b"].mean()),
         majority=majority,
         blind=blind,
-        difference=float(by_seed.mean()),
+        difference=difference,
         low=interval.low if interval else None,
         high=interval.high if interval else None,
         estimand=estimand,
@@ -200,7 +246,22 @@ def compare_pairs(
         mdd=mdd,
         mdd_images=mdd_images,
         verdict="",
+        test=test,
+        margin=margin,
+        p_equivalence=statistics.equivalence_p(difference, error if interval else None, degrees, margin),
+        p_equivalence_holm=None,
     )
+
+
+def _one_seed_p(
+    frame: pd.DataFrame, images: np.ndarray, differences: np.ndarray, stream: int
+) -> tuple[str, float | None]:
+    """Return which test is made of two single models, and its p: McNemar's where no two documents share an image."""
+    scores = frame[["score_a", "score_b"]].to_numpy()
+    if len(set(images)) == len(images) and np.isin(scores, (0.0, 1.0)).all():
+        return MCNEMAR, statistics.mcnemar_p(int((differences < 0).sum()), int((differences > 0).sum()))
+    sums, _ = statistics.cluster_totals(differences, images)
+    return SIGN_FLIPS, statistics.sign_flip_p(sums, seed=stream) if len(sums) > 1 else None
 
 
 def references(study: Study, task: str) -> tuple[float | None, float | None]:
@@ -210,12 +271,19 @@ def references(study: Study, task: str) -> tuple[float | None, float | None]:
     return known.get("majority"), known.get("blind")
 
 
-def _verdict(row: TaskComparison, p_holm: float | None) -> str:
+def _verdict(row: TaskComparison) -> str:
     if row.n_seeds < MIN_SEEDS:
         return TOO_FEW_SEEDS
-    if p_holm is None or p_holm >= ALPHA:
-        return NO_DIFFERENCE
-    return HIGHER if row.difference > 0 else LOWER
+    if row.p_holm is not None and row.p_holm < ALPHA:
+        return HIGHER if row.difference > 0 else LOWER
+    if row.p_equivalence_holm is not None and row.p_equivalence_holm < ALPHA:
+        return f"{EQUIVALENT} {points(row.margin)}"
+    return NO_DIFFERENCE
+
+
+def points(margin: float) -> str:
+    """Return a margin in words."""
+    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
 
 
 def _compare_degradation(study: Study, a: str, b: str) -> list[DegradationComparison]:
@@ -268,6 +336,13 @@ def _notes(
     if min(n_seeds) < MIN_SEEDS:
         notes.append(
             f"With fewer than {MIN_SEEDS} seeds per variant nothing can be concluded about the training procedure."
+        )
+    for test in dict.fromkeys(row.test for row in tasks):
+        notes.append(f"p is of {_TESTS[test]}; p (Holm) is corrected for {len(tasks)} tasks.")
+    if tasks:
+        notes.append(
+            f"Equivalence (p equiv., two one-sided tests, Holm's correction): is the difference smaller than "
+            f"{points(tasks[0].margin)} either way?"
         )
     dropped = [row for row in tasks if row.n_dropped]
     if dropped:

@@ -169,6 +169,7 @@ def _test_cells(row: TaskComparison) -> list[str]:
         interval(row.low, row.high),
         p_value(row.p),
         p_value(row.p_holm),
+        p_value(row.p_equivalence_holm),
         percent(row.mdd),
     ]
 
@@ -186,7 +187,7 @@ def _text(comparison: Comparison, width: int) -> str:
     )
     tests = text_table(
         f"{b} − {a}, in points; MDD: smallest difference found with 80% power",
-        ["task", "difference", "95% interval", "p", "p (Holm)", "MDD", "verdict"],
+        ["task", "difference", "95% interval", "p", "p (Holm)", "p equiv.", "MDD", "verdict"],
         [[_score_cells(row)[0], *_test_cells(row), row.verdict] for row in comparison.tasks],
         width,
     )
@@ -254,7 +255,8 @@ def to_csv(frame: pd.DataFrame) -> str:
 
 def _latex(comparison: Comparison) -> str:
     a, b = comparison.a, comparison.b
-    header = ["Task", "Majority", "Blind", a, b, "Difference", "95% interval", "p", "p (Holm)", "MDD", "Seeds"]
+    header = ["Task", "Majority", "Blind", a, b, "Difference", "95% interval", "p", "p (Holm)"]
+    header += ["p equiv.", "MDD", "Seeds"]
     rows = [[*_score_cells(row), *_test_cells(row), str(row.n_seeds)] for row in comparison.tasks]
     caption = f"{b} against {a} (study {comparison.study}); scores in %, differences in points. " + " ".join(
         comparison.notes

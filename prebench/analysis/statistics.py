@@ -222,6 +222,49 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Return McNemar's exact two-sided p: of the documents that one of two models alone answers right, half by each.
+
+    2 P(X <= min) of a binomial with n = only_a + only_b and 1/2, at most 1 (Q. McNemar, Psychometrika 12, 1947,
+    153-157; exact form). It takes documents as independent: one question per image.
+
+    Args:
+        only_a: documents that a alone answers right.
+        only_b: documents that b alone answers right.
+    """
+    total = only_a + only_b
+    return 1.0 if total == 0 else float(stats.binomtest(only_a, total).pvalue)
+
+
+def equivalence_p(
+    difference: float, standard_error: float | None, degrees_of_freedom: int, margin: float
+) -> float | None:
+    """Return the p of two one-sided t tests of "the true difference is the margin or more, either way".
+
+    max(P(T > (d + M) / SE), P(T < (d - M) / SE)) with T of df degrees of freedom: below .05 exactly where the 90%
+    interval d -/+ t_{.95, df} SE lies inside -M .. M (D. Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics
+    15, 1987, 657-680).
+
+    Args:
+        difference: the observed one.
+        standard_error: of it: s / sqrt(S) over seeds (df = S - 1), or cluster-robust over documents (df = images - 1).
+        degrees_of_freedom: at least 1.
+        margin: M, above 0.
+
+    Returns:
+        None where there is no standard error, or one of 0: a spread of exactly zero is an accident of a coarse score.
+
+    Raises:
+        ValueError: the margin is not above 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"an equivalence margin is above 0, not {margin:g}")
+    if not standard_error or degrees_of_freedom < 1:
+        return None
+    sides = ((margin + difference) / standard_error, (margin - difference) / standard_error)
+    return float(max(stats.t.sf(side, degrees_of_freedom) for side in sides))
+
+
 def minimum_detectable_difference(
     standard_error: float | None, degrees_of_freedom: int, power: float = 0.8, alpha: float = 0.05
 ) -> float | None:

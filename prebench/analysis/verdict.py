@@ -9,7 +9,17 @@ from __future__ import annotations
 import pandas as pd
 
 from prebench.analysis import degradation, learning_curves
-from prebench.analysis.compare import HIGHER, LOWER, MIN_SEEDS, NO_DIFFERENCE, Comparison, TaskComparison, compare
+from prebench.analysis.compare import (
+    EQUIVALENT,
+    HIGHER,
+    LOWER,
+    MIN_SEEDS,
+    NO_DIFFERENCE,
+    TOO_FEW_SEEDS,
+    Comparison,
+    TaskComparison,
+    compare,
+)
 from prebench.analysis.degradation import Estimate
 from prebench.analysis.join import Study
 from prebench.analysis.learning_curves import PLATEAU
@@ -202,7 +212,10 @@ def _conclusion(found: Comparison) -> str:
     undecided = [row for row in found.tasks if row.verdict == NO_DIFFERENCE]
     if undecided:
         parts.append(f"no difference shown on {len(undecided)} of {total} tasks{_detectable(undecided)}")
-    open_rows = [row for row in found.tasks if row.verdict not in (HIGHER, LOWER, NO_DIFFERENCE)]
+    same = [row for row in found.tasks if row.verdict.startswith(EQUIVALENT)]
+    if same:
+        parts.append(f"{same[0].verdict} on {', '.join(_difference(row) for row in same)}")
+    open_rows = [row for row in found.tasks if row.verdict == TOO_FEW_SEEDS]
     if open_rows:
         shown = ", ".join(_difference(row) for row in open_rows)
         parts.append(f"too few seeds to conclude on {len(open_rows)} of {total} tasks (in points: {shown})")

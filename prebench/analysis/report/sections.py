@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prebench.analysis.compare import HIGHER, LOWER, Comparison, TaskComparison, compare, references
+from prebench.analysis.compare import HIGHER, LOWER, Comparison, TaskComparison, compare, points, references
 from prebench.analysis.join import Study
 from prebench.analysis.render import NOT_DEFINED, interval, marked, p_value, percent
 from prebench.analysis.report.charts import Interval, forest
@@ -79,7 +79,7 @@ def _hash(hashes: dict[str, str], name: str) -> str:
 
 
 def _differences(study: Study, compared: Sequence[Comparison]) -> Table:
-    header = ["Benchmark", "Variant", "Difference [95% interval]", "Verdict", "p (Holm)", "p", "MDD"]
+    header = ["Benchmark", "Variant", "Difference [95% interval]", "Verdict", "p (Holm)", "p", "p equiv.", "MDD"]
     header += ["Documents", "Images", "Seeds", "Dropped"]
     rows = []
     for task in study.tasks:
@@ -89,7 +89,8 @@ def _differences(study: Study, compared: Sequence[Comparison]) -> Table:
                 rows.append(_difference_cells(study, found, row))
     caption = (
         f"Differences from {study.baseline}, in points, paired by document. MDD: the smallest difference that would be "
-        "found with 80% power. Dropped: documents that failed in a run and were left out of all. "
+        f"found with 80% power; p equiv.: of a difference of {points(compared[0].tasks[0].margin)} or more (two "
+        "one-sided tests, Holm's correction). Dropped: documents that failed in a run and were left out of all. "
         "The command `prebench compare` prints the same numbers."
     )
     return Table("differences", caption, header, rows, (source(study, "scores.csv"),), heads=2, words=("Verdict",))
@@ -105,7 +106,8 @@ def _difference_cells(study: Study, found: Comparison, row: TaskComparison) -> l
         Cell(_with_interval(row), f"{title}\nthe interval is about {row.estimand}"),
         Cell(row.verdict, mark="decided" if decided else ""),
         Cell(p_value(row.p_holm), f"over {len(found.tasks)} tasks\n{title}"),
-        Cell(p_value(row.p), title),
+        Cell(p_value(row.p), f"{row.test}\n{title}"),
+        Cell(p_value(row.p_equivalence_holm), f"smaller than {points(row.margin)} either way?\n{title}"),
         Cell(percent(row.mdd), title),
         *(Cell(str(count), title) for count in counts),
     ]
