@@ -15,7 +15,12 @@ _TEXTS = (
 
 
 def _images(separator: str) -> str:
-    picture = "{% if part['type'] == 'image' %}{{ '<image>" + separator + "' }}{% endif %}"
+    """Return the template of a turn's pictures; the separator stands behind each where a text follows."""
+    picture = (
+        "{% if part['type'] == 'image' %}{{ '<image>' }}"
+        "{% if message['content'] | selectattr('type', 'equalto', 'text') | list %}{{ '" + separator + "' }}{% endif %}"
+        "{% endif %}"
+    )
     return (
         "{% if message['content'] is not string %}{% for part in message['content'] %}"
         + picture

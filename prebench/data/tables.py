@@ -105,6 +105,7 @@ def _open(config: TableConfig) -> Dataset | IterableDataset:
         files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
         if not files:
             raise DataError(f"{path}: no Parquet files in this folder")
+        datasets.disable_progress_bars()  # of the copy in its cache
         return datasets.load_dataset(
             "parquet", data_files=[str(file) for file in files], split="train", streaming=config.streaming
         )
@@ -220,7 +221,8 @@ def _parts(content: Any, where: str, role: str) -> list[dict[str, str]]:
         else:
             allowed = "'text' or 'image'" if role == "user" else "'text'"
             raise DataError(f"{where}[{number}].type: {allowed} is expected in a {role} turn")
-    return found
+    # What an assistant says is one text, so that no template stands between its parts.
+    return found if role == "user" else [text_part("".join(part["text"] for part in found))]
 
 
 def _require_turns(messages: Sequence[Mapping[str, Any]], field: str) -> None:
