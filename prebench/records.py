@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -134,6 +135,15 @@ class TaskRecord:
     sampled: bool = False
     """Answers were drawn at random, as the task asks, from seeds that follow from document and settings."""
     schema_version: int = SCHEMA_VERSION
+
+
+ENCODER = -1
+"""The layer number of the vision encoder's output (the reference R) in a row."""
+
+
+def middle_layers(num_layers: int) -> range:
+    """Return the layers ceil(L/4) .. floor(3L/4) over which degradation is averaged."""
+    return range(math.ceil(num_layers / 4), math.floor(3 * num_layers / 4) + 1)
 
 
 @dataclass(frozen=True)

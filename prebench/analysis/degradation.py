@@ -27,8 +27,7 @@ from prebench.analysis import statistics
 from prebench.analysis.join import Run, Study, same_origin
 from prebench.analysis.statistics import Interval
 from prebench.errors import StoreError
-
-ENCODER_LAYER = -1
+from prebench.records import ENCODER, middle_layers
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,6 @@ class Degradation:
         return self.reference - sum(self.accuracy[layer] for layer in layers) / len(layers)
 
 
-def middle_layers(num_layers: int) -> range:
-    """Return the layers ceil(L/4) .. floor(3L/4) over which degradation is averaged."""
-    return range(math.ceil(num_layers / 4), math.floor(3 * num_layers / 4) + 1)
-
-
 def degradation(run: Run, attribute: str) -> Degradation | None:
     """Compute one run's degradation from its probe.parquet; None where the run was not probed.
 
@@ -74,14 +68,14 @@ def degradation(run: Run, attribute: str) -> Degradation | None:
     wanted = ("global", attribute, "accuracy")
     values = {int(layer): float(value) for *what, layer, value in zip(*columns, strict=True) if tuple(what) == wanted}
     num_layers = int(probe["num_layers"].max())
-    needed = {ENCODER_LAYER, *middle_layers(num_layers)}
+    needed = {ENCODER, *middle_layers(num_layers)}
     if not needed <= values.keys():
         missing = min(needed - values.keys())
         raise StoreError(
             f"{run.folder / 'probe.parquet'}: no accuracy of {attribute!r} at layer {missing}; "
             "delete it to probe the run again"
         )
-    reference = values.pop(ENCODER_LAYER)
+    reference = values.pop(ENCODER)
     return Degradation(attribute, reference, dict(sorted(values.items())), num_layers)
 
 

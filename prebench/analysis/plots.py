@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from prebench.analysis import degradation, learning_curves, verdict
 from prebench.analysis.join import Study
 from prebench.analysis.tables import regularised_layers
+from prebench.records import ENCODER as ENCODER_LAYER
 from prebench.store import write_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette without yellow, which is too light for lines."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-ENCODER_LAYER = -1
 PER_ROW = 3
 """Panels side by side: more could not be read in a README or on a phone."""
 _GREY = "#555555"

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from prebench.analysis import degradation
-from prebench.analysis.join import Run, Study, gain, same_origin
+from prebench.analysis.join import Run, Study, gain
 from prebench.analysis.render import NOT_DEFINED, marked, percent
 
 
@@ -20,9 +20,9 @@ def table(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     Raises:
         StoreError: a record is damaged.
     """
-    known = degradation.of_study(study)
+    known, kept = degradation.of_study(study), _reductions(study)
     titles = {task.task: marked(task.label, task.data_source) for task in study.tasks}
-    rows = [_cells(study, run, known, titles) for variant in study.variants for run in study.of_variant(variant)]
+    rows = [_cells(study, run, known, kept, titles) for variant in study.variants for run in study.of_variant(variant)]
     columns = ["variant", "seed", "degradation", "degradation_excluded", "reduction", "lm_loss"]
     columns += [part for title in titles.values() for part in (title, f"{title} gain")]
     numbers = pd.DataFrame(rows, columns=columns)
@@ -37,7 +37,11 @@ def table(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
 
 
 def _cells(
-    study: Study, run: Run, known: dict[tuple[str, int], degradation.Degradation], titles: dict[str, str]
+    study: Study,
+    run: Run,
+    known: dict[tuple[str, int], degradation.Degradation],
+    kept: dict[tuple[str, int], float],
+    titles: dict[str, str],
 ) -> dict[str, Any]:
     base = None if study.baseline in (None, run.variant) else study.runs.get((str(study.baseline), run.seed))
     row: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "lm_loss": run.lm_loss}
@@ -46,15 +50,23 @@ def _cells(
         row["degradation"] = found.over_middle()
         excluded = _regularised(study)
         row["degradation_excluded"] = found.over_middle(excluded) if excluded else None
-        equal = base is not None and same_origin(base.probe_hashes, run.probe_hashes)
-        theirs = known.get((base.variant, base.seed)) if base is not None and equal else None
-        if theirs is not None:
-            row["reduction"] = _difference(theirs.over_middle(), found.over_middle())
+        row["reduction"] = kept.get((run.variant, run.seed))
     for task, title in titles.items():
         row[title] = _score(run, task)
         if base is not None:
             row[f"{title} gain"] = gain(base, run, task)
     return row
+
+
+def _reductions(study: Study) -> dict[tuple[str, int], float]:
+    """Return the reduction of every run that has one, by variant and seed."""
+    base = study.baseline
+    found: dict[tuple[str, int], float] = {}
+    for variant in study.variants if base is not None else ():
+        if variant != base:
+            frame = degradation.reductions(study, str(base), variant)
+            found |= {(variant, int(s)): r for s, r in zip(frame["seed"], frame["reduction"], strict=True)}
+    return found
 
 
 def _regularised(study: Study) -> set[int]:
@@ -64,10 +76,6 @@ def _regularised(study: Study) -> set[int]:
 
 def _score(run: Run, task: str) -> float | None:
     return run.tasks[task].score if task in run.tasks else None
-
-
-def _difference(left: float | None, right: float | None) -> float | None:
-    return None if left is None or right is None else left - right
 
 
 def _printed(numbers: pd.DataFrame, titles: list[str]) -> pd.DataFrame:

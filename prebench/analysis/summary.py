@@ -11,6 +11,7 @@ from prebench.analysis.join import Study
 from prebench.analysis.render import interval, marked, percent, text_table
 from prebench.analysis.tables import SPREAD_IMAGES, SPREAD_SEEDS, score
 from prebench.errors import ComparisonError
+from prebench.records import middle_layers
 
 WIDTH = 100
 
@@ -93,7 +94,7 @@ def _degradation(study: Study, width: int) -> str:
             rows.append([f"{attribute.replace('_', ' ')}: {variant}", *cells, _with_interval(less), str(len(mine))])
     if first is None:
         return ""
-    layers = degradation.middle_layers(first.num_layers)
+    layers = middle_layers(first.num_layers)
     title = (
         "degradation: probe accuracy at the encoder minus at the layers, in points, with 95% t interval over seeds; "
         f"the claim is about {names[0].replace('_', ' ')}"

@@ -26,6 +26,7 @@ from prebench.analysis.learning_curves import PLATEAU
 from prebench.analysis.render import interval, marked, percent
 from prebench.analysis.statistics import Interval
 from prebench.errors import ComparisonError
+from prebench.records import middle_layers
 from prebench.schema import PredictiveConfig, VariantConfig
 
 CEILING = 0.99
@@ -125,7 +126,7 @@ def _degradation(study: Study, base: str, treated: list[str]) -> list[str]:
         return []
     known = degradation.of_study(study)
     first = next(iter(known.values()))
-    layers = degradation.middle_layers(first.num_layers)
+    layers = middle_layers(first.num_layers)
     start = f"Degradation of {first.attribute} over layers {layers.start}-{layers.stop - 1}: "
     start += _baseline(base, found)
     changes = [text for variant in treated if (text := _change(study, base, variant))]

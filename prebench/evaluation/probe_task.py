@@ -15,7 +15,6 @@ Which attributes, and which of them is the reference: the environment variable P
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -28,8 +27,8 @@ from pydantic import TypeAdapter, ValidationError
 from prebench.errors import EvaluationError
 from prebench.probe.features import ProbeFeatures
 from prebench.probe.similarity_maps import shown_images, similarity_maps
-from prebench.probe.summary import ENCODER, probe_rows
-from prebench.records import ProbeRow, SimilarityMap, to_dict
+from prebench.probe.summary import probe_rows
+from prebench.records import ENCODER, ProbeRow, SimilarityMap, middle_layers, to_dict
 from prebench.schema import AttributeConfig
 from prebench.store import write_json
 
@@ -130,7 +129,7 @@ class _Column(Sequence[Any]):
 def mid_depth_accuracy(items: Sequence[Item]) -> float:
     """Return the mean accuracy on the reference attribute over the middle layers, as a fraction."""
     accuracy, depth = _accuracies(_rows(items))
-    layers = range(math.ceil(depth / 4), math.floor(3 * depth / 4) + 1)
+    layers = middle_layers(depth)
     return sum(accuracy[layer] for layer in layers) / len(layers)
 
 

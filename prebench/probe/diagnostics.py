@@ -10,10 +10,7 @@ import numpy as np
 from prebench.probe.features import ProbeFeatures
 from prebench.probe.similarity import CKNNA_IMAGES, Representation, cknna, linear_cka
 from prebench.probe.spectrum import Moments, statistics
-from prebench.records import ProbeRow
-
-ENCODER = -1
-"""The layer number of the vision encoder's output (the reference R) in a row."""
+from prebench.records import ENCODER, ProbeRow
 
 
 def statistics_rows(features: ProbeFeatures) -> list[ProbeRow]:

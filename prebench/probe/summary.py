@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from prebench.errors import DataError, did_you_mean
-from prebench.probe.diagnostics import ENCODER, decoded_rows, model_rows, similarity_rows, statistics_rows
+from prebench.probe.diagnostics import decoded_rows, model_rows, similarity_rows, statistics_rows
 from prebench.probe.features import ProbeFeatures
 from prebench.probe.global_probe import fit_linear_probe, layers_at_once
-from prebench.records import ProbeRow
+from prebench.records import ENCODER, ProbeRow
 from prebench.runtime import derive_seed
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import pytest
 from prebench.analysis import degradation
 from prebench.analysis.join import find_study, load_study, paired_samples, scores_frame
 from prebench.errors import ComparisonError, ConfigError, StoreError
-from prebench.records import PROBE_HASHES
+from prebench.records import PROBE_HASHES, middle_layers
 from prebench.store import read_json, write_json
 
 from .conftest import StudyMaker, sample, write_task
@@ -169,8 +169,8 @@ def test_results_in_the_wrong_folder_are_refused(make_study: StudyMaker) -> None
 def test_degradation_by_hand(make_study: StudyMaker) -> None:
     study = load_study(make_study(seeds=(0, 1)))
     found = degradation.of_study(study)["baseline", 0]
-    assert list(degradation.middle_layers(4)) == [1, 2, 3]
-    assert list(degradation.middle_layers(6)) == [2, 3, 4]
+    assert list(middle_layers(4)) == [1, 2, 3]
+    assert list(middle_layers(6)) == [2, 3, 4]
     assert found.over_middle() == pytest.approx(0.95 - (0.8 + 0.7 + 0.6) / 3)
     assert found.over_middle(excluded={2}) == pytest.approx(0.95 - (0.8 + 0.6) / 2)
     assert found.per_layer[4] == pytest.approx(0.45)

@@ -14,8 +14,8 @@ from prebench.analysis.render import NOT_DEFINED, marked, p_value, percent
 from prebench.analysis.report.charts import Panel, Point, Series, lines, number, scatter
 from prebench.analysis.report.parts import Cell, Figure, Group, Section, Table, source
 from prebench.analysis.tables import Made, regularised_layers, trained_models
+from prebench.records import ENCODER
 
-ENCODER_LAYER = -1
 FEWEST_LAYERS = 3
 """A metric known at fewer decoder layers is no curve: a control, say."""
 MOST_SEEDS = 6
@@ -69,7 +69,7 @@ def by_layer(study: Study) -> Section:
         folded: list[Figure] = []
         for attribute, metric in keys:
             chosen = mine[(mine["attribute"] == attribute) & (mine["metric"] == metric)]
-            if chosen.loc[chosen["layer"] > ENCODER_LAYER, "layer"].nunique() < FEWEST_LAYERS:
+            if chosen.loc[chosen["layer"] > ENCODER, "layer"].nunique() < FEWEST_LAYERS:
                 single.append(chosen)
             else:
                 figures = folded if level == "global" and metric != "accuracy" else shown
@@ -107,7 +107,7 @@ def _single_layers(study: Study, values: Sequence[pd.DataFrame]) -> Table:
             level, attribute, metric = (str(found[name].iloc[0]) for name in ("level", "attribute", "metric"))
             parts = [_LEVELS.get(level, _words(level)), _words(attribute), _metric(metric)]
             cells = [Cell(": ".join(part for part in parts if part))]
-            cells.append(Cell("encoder" if layer == ENCODER_LAYER else str(layer)))
+            cells.append(Cell("encoder" if layer == ENCODER else str(layer)))
             scale = 100.0 if _is_percent(metric) else 1.0
             for variant in study.variants:
                 mine = found[found["variant"] == variant].assign(x=layer, y=found["value"])
@@ -138,8 +138,8 @@ def _layer_figure(study: Study, level: str, attribute: str, metric: str, values:
     title = _metric(metric)
     if attribute:
         title = f"{_words(attribute)}{f' ({kind})' if kind else ''}: {title}"
-    encoder = values.loc[values["layer"] == ENCODER_LAYER, "value"]
-    layers = values[values["layer"] > ENCODER_LAYER].rename(columns={"layer": "x", "value": "y"})
+    encoder = values.loc[values["layer"] == ENCODER, "value"]
+    layers = values[values["layer"] > ENCODER].rename(columns={"layer": "x", "value": "y"})
     panel = Panel(
         id=f"c-{level}-{attribute}-{metric}".replace("_", "-").replace(" ", "-"),
         title=title,
