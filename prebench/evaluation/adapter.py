@@ -240,7 +240,7 @@ def probe_answers(
     Args:
         engine: the loaded model.
         documents: the task's split, with columns `image` and `mask`.
-        doc_ids: which of them, in the order of the answers.
+        doc_ids: which of them, in the order of the answers; lmms-eval fills up a process' share with copies.
         doc_to_messages: the task's; gives the image.
         rank: of this process; each writes a shard of its own.
 
@@ -248,7 +248,8 @@ def probe_answers(
         EvaluationError: an image or mask can't be read, or the features can't be computed.
     """
     images, masks = [], []
-    for doc_id in doc_ids:
+    rows = {doc_id: row for row, doc_id in enumerate(dict.fromkeys(doc_ids))}  # a copy must not count twice in a sum
+    for doc_id in rows:
         try:
             document = documents[doc_id]
             messages = ChatMessages(messages=doc_to_messages(document))
@@ -268,4 +269,4 @@ def probe_answers(
     shard = folder / f"features-rank{rank}.safetensors"
     features.save(shard)
     layers = features.pooled.shape[1] - 1
-    return [json.dumps({"shard": str(shard), "row": row, "num_layers": layers}) for row in range(len(doc_ids))]
+    return [json.dumps({"shard": str(shard), "row": rows[doc_id], "num_layers": layers}) for doc_id in doc_ids]
