@@ -54,7 +54,10 @@ def encode_example(
         if span < len(spans) and end > spans[span][0]:
             learn = spans[span][0] <= start and end <= spans[span][1]
             if not learn and start < end:
-                raise DataError(f"the token {text[start:end]!r} is half of the prompt and half of the answer")
+                raise DataError(
+                    f"the token {text[start:end]!r} is half of the prompt and half of the answer: the chat template "
+                    "writes nothing between them; end the question with a mark such as '?'"
+                )
         images += token == image_token
         count = num_image_tokens if token == image_token else 1
         input_ids += [token] * count

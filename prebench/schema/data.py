@@ -45,6 +45,10 @@ class LlavaJsonConfig(StrictModel):
     prompt: Literal["chat", "plain"] = "chat"
     """`plain`: image, caption and a line break alone, LLaVA's rule for its align stage."""
 
+    def __hash__(self) -> int:
+        """Return a hash: pydantic makes none of a mapping."""
+        return hash(self.model_dump_json())
+
 
 class ColumnsConfig(StrictModel):
     """Which columns of a table hold what."""

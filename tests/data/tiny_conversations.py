@@ -115,7 +115,7 @@ def good_records(number: int, every_text_only: int = 4) -> list[dict[str, Any]]:
     for i in range(number):
         more = ["why?", "no"] * (i % 3)
         if i % every_text_only == every_text_only - 1:
-            found.append({"id": i, "conversations": turns("what is it", "a cat.", *more)})
+            found.append({"id": i, "conversations": turns("what is it?", "a cat.", *more)})
         else:
             found.append(
                 {"id": i, "image": f"coco/{i % 10}.png", "conversations": turns("<image>\nis it red?", "yes", *more)}
