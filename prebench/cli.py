@@ -111,7 +111,8 @@ def run(results: Path, dry_run: bool, jobs: int | None, mirror: Path | None, **r
         _echo_plan(folder, plan_study(folder, config), mirror)
         return
     paths = pipeline.run_study(folder, config, jobs, mirror)
-    _echo_summary(folder, paths)
+    if paths:
+        _echo_summary(folder, paths)
 
 
 def _study_config(
@@ -179,7 +180,7 @@ def train(study: str | None, results: Path, jobs: int | None) -> None:
     from prebench.study import locked, read_study
 
     folder = chosen_study(results, study)
-    with locked(folder):
+    with locked(folder):  # of several processes, process 0 holds the study
         pipeline.train_all(folder, read_study(folder), jobs)
 
 

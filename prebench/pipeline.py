@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prebench.errors import StoreError, TrainingError
+from prebench.errors import StoreError
 from prebench.jobs import choose_jobs
 from prebench.progress import say
 from prebench.records import content_hash
+from prebench.runtime import leave_launcher, process_index
 from prebench.schema import StudyConfig, SuiteConfig
 from prebench.study import Run, locked, open_study, plan_study, runs
 
@@ -74,6 +75,8 @@ def choose_mirror(suite: SuiteConfig, tasks: Sequence[str], named: Path | None) 
 def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None, mirror: Path | None = None) -> list[Path]:
     """Carry a study through every stage and return the paths of its tables and figures.
 
+    Where a launcher started several processes, all of them train; process 0 does the rest, and the others return [].
+
     Args:
         folder: the study.
         requested: what it is to hold.
@@ -83,26 +86,29 @@ def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None, mir
     Raises:
         PrebenchError: bad input, a study made with another configuration, a failed stage; nothing computed is lost.
     """
-    suite = plan_study(folder, requested).suite
-    mirror = choose_mirror(suite, suite.task_names, mirror)
+    planned = plan_study(folder, requested)
+    mirror = choose_mirror(planned.suite, planned.suite.task_names, mirror)
+    if process_index() > 0:
+        train_all(folder, planned, jobs)
+        return []
     with locked(folder):
         config = open_study(folder, requested)
         train_all(folder, config, jobs)
+        leave_launcher()
         evaluate_all(folder, config, config.suite.task_names, jobs, mirror)
         return write_report(folder, mirror)
 
 
 def train_all(folder: Path, config: StudyConfig, jobs: int | None = None) -> None:
-    """Train and export the runs that are missing, several at a time.
+    """Train and export the runs that are missing: several at a time, or each with all processes of a launcher.
 
     Args:
         folder: the study.
         config: its configuration.
         jobs: processes; None chooses by cores and memory (`prebench.jobs.choose_jobs`).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError("several processes per study are not supported; start prebench without a launcher")
-    write_manifest(folder)
+    if process_index() == 0:
+        write_manifest(folder)
     todo = [run for run in runs(folder, config) if not is_trained(run, config)]
     if not todo:
         say("train: every run is trained already")

@@ -30,6 +30,8 @@ MALLOC_PARAMETERS = {
 }
 """Numbers in glibc's malloc.h, and bytes. One arena: with one per thread, what one frees another can't take."""
 
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 logger = logging.getLogger("prebench")
 
 
@@ -98,6 +100,13 @@ def num_processes() -> int:
 def process_index() -> int:
     """Return which of them this is; process 0 writes files."""
     return int(os.environ.get("RANK", "0"))
+
+
+def leave_launcher() -> None:
+    """Forget the launcher's variables, so that what this process starts next is alone."""
+    for name in list(os.environ):
+        if name in LAUNCHER_VARIABLES or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
 
 
 class _Sigterm:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from prebench.config import diff, dump_yaml, read_yaml, validate
 from prebench.errors import StoreError, StudyMismatchError
+from prebench.runtime import process_index
 from prebench.schema import StudyConfig, SuiteConfig
 from prebench.store import TEMPORARY, write_text
 
@@ -155,11 +156,14 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the study for one process.
+    """Hold the study for one process, or for all processes of one launcher: process 0 takes the lock.
 
     Raises:
         StoreError: another process works on it, or the folder can't be written.
     """
+    if process_index() > 0:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)

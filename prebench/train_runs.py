@@ -28,18 +28,23 @@ CACHE = "cache"
 def train_runs(folder: Path, config: StudyConfig, todo: Sequence[Run], jobs: int | None) -> None:
     """Train and export runs; the frozen tower's features are computed once for all of them.
 
+    Where a launcher started several processes, all of them train each run together.
+
     Args:
         folder: the study.
         config: its configuration.
         todo: the runs that are missing.
-        jobs: processes; None chooses by cores and memory.
+        jobs: runs side by side; None chooses by cores and memory.
     """
-    from prebench.runtime import choose_device
+    from prebench.runtime import choose_device, num_processes
 
     recipe = config.preset.train
+    if num_processes() > 1:
+        _train_together(folder, config, todo)
+        return
     number = choose_jobs(jobs, len(todo), recipe.cpu_threads, choose_device(recipe.device).type)
     inputs = load_inputs(folder, config)
-    total = recipe.align.steps + recipe.instruct.steps
+    total = recipe.total_steps
     if number > 1:
         work = {run.name: Job(f"train {run.name}", total, (folder, config, run)) for run in todo}
         run_jobs(_train_in_worker, work, number)
@@ -47,6 +52,23 @@ def train_runs(folder: Path, config: StudyConfig, todo: Sequence[Run], jobs: int
     for run in todo:
         with ProgressLine(f"train {run.name}", total) as line:
             train_run(run, config, inputs, line.update)
+
+
+def _train_together(folder: Path, config: StudyConfig, todo: Sequence[Run]) -> None:
+    """Train each run with all processes of the launcher; process 0 alone writes and shows progress."""
+    from prebench.train.processes import join_processes, leave_processes
+
+    recipe = config.preset.train
+    processes = join_processes(recipe.device)
+    with processes.main_process_first():  # what it computes lies in the study's cache for the others
+        inputs = load_inputs(folder, config)
+    for run in todo:
+        if processes.is_main_process:
+            with ProgressLine(f"train {run.name} ({processes.num_processes} processes)", recipe.total_steps) as line:
+                train_run(run, config, inputs, line.update)
+        else:
+            train_run(run, config, inputs, lambda _done, _note: None)
+    leave_processes()
 
 
 def origin(config: StudyConfig) -> dict[str, str]:
@@ -165,6 +187,7 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
     from prebench.train.checkpoint import Checkpoints
     from prebench.train.log import RunLog
     from prebench.train.loop import build_regularizer, train
+    from prebench.train.processes import on_main
 
     variant = next(v for v in config.variants if v.name == run.variant)
     recipe = config.preset.train
@@ -198,9 +221,13 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
             "pre_loss": log.last.get("pre_loss"),
             "train_seconds": round(checkpoints.seconds, 1),
         }
-        export(model, inputs.processor, run.model_dir, manifest)
-        checkpoints.remove()
-        if stop():
+
+        def finish() -> bool:
+            export(model, inputs.processor, run.model_dir, manifest)
+            checkpoints.remove()
+            return stop()
+
+        if on_main(finish):
             raise InterruptedRunError(f"interrupted; {run.name} is finished and the same command goes on behind it")
 
 

@@ -148,11 +148,6 @@ def test_evaluating_before_training_is_refused(study):
     assert_refused(invoke("probe", "--results", study), "no run is trained yet")
 
 
-def test_several_processes_are_refused(study, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused(invoke("train", "--results", study), "several processes")
-
-
 def test_malformed_yaml(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("train: [1\n")

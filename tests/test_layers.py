@@ -22,7 +22,7 @@ ALLOWED = {
     "store": {"records", "errors"},
     "progress": set(),
     "jobs": {"errors", "progress", "runtime"},
-    "study": {"config", "errors", "schema", "store"},
+    "study": {"config", "errors", "runtime", "schema", "store"},
     "data": BASE,
     "model": BASE | {"data"},
     "train": BASE | {"data", "model"},

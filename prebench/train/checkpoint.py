@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +30,9 @@ FORMAT = 1
 KEEP = 2
 """Checkpoints that lie on the disk: the last one, and the one before in case the last is damaged."""
 STATE_FILE = "checkpoint.json"
+STEP = "step-"
 UNFINISHED = ".unfinished-"
+SUFFIX = ".safetensors"
 
 Tensors = Mapping[str, Tensor]
 
@@ -74,8 +75,11 @@ class Checkpoints:
         """Return the time spent on the run so far, earlier processes included, without the steps that were lost."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def open(self) -> Checkpoint | None:
-        """Return the newest intact checkpoint and start the log there; None where the run starts from its beginning.
+    def open(self) -> int | None:
+        """Find the newest intact checkpoint and start the log there; None where the run starts from its beginning.
+
+        Returns:
+            The steps that it holds, for `read`.
 
         Damaged checkpoints are named on stderr and removed.
 
@@ -86,19 +90,27 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
         for folder in self._folders():
             try:
-                found = self._read(folder)
+                state = self._check(folder)
             except _DamagedError as error:
                 say(f"WARNING: {folder}: damaged checkpoint ({error}); removed, the one before it is taken")
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            self.log.start(found.state["log_bytes"])
-            self._seconds_before = found.state["seconds"]
-            say(f"{self.folder.parent.name}: goes on after step {found.steps}")
-            return found
+            self.log.start(state["log_bytes"])
+            self._seconds_before = state["seconds"]
+            steps = int(folder.name.removeprefix(STEP))
+            say(f"{self.folder.parent.name}: goes on after step {steps}")
+            return steps
         if self.folder.is_dir():
             say(f"WARNING: {self.folder}: no intact checkpoint; the run starts again")
         self.log.start()
         return None
+
+    def read(self, steps: int) -> Checkpoint:
+        """Return a checkpoint that `open` found, in this process or in another of the same run."""
+        folder = self._path(steps)
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        tensors = {name.removesuffix(SUFFIX): load_file(folder / name) for name in content["files"]}
+        return Checkpoint(steps, tensors, content["state"])
 
     def save(self, steps: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         """Write a checkpoint and remove all but the last two.
@@ -129,7 +141,10 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        return sorted(self.folder.glob(f"{STEP}*"), reverse=True)
+
+    def _path(self, steps: int) -> Path:
+        return self.folder / f"{STEP}{steps:08d}"
 
     def _write(self, steps: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +152,7 @@ class Checkpoints:
         try:
             hashes = {}
             for name, values in tensors.items():
-                path = temporary / f"{name}.safetensors"
+                path = temporary / f"{name}{SUFFIX}"
                 save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
                 hashes[path.name] = file_sha256(path)
                 _sync(path)
@@ -149,30 +164,29 @@ class Checkpoints:
             }
             write_json(temporary / STATE_FILE, content | {"hash": content_hash(content)})
             temporary.chmod(0o755)
-            target = self.folder / f"step-{steps:08d}"
-            temporary.replace(target)
+            temporary.replace(self._path(steps))
             _sync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _read(self, folder: Path) -> Checkpoint:
+    def _check(self, folder: Path) -> dict[str, Any]:
+        """Return the plain values of a checkpoint whose every byte is as it was written."""
         try:
             content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             body = {name: content[name] for name in ("key", "steps", "files", "state")}
             if content["hash"] != content_hash(body):
                 raise _DamagedError(f"{STATE_FILE} differs from its hash")
             self._require_same_run(folder, body["key"])
-            tensors = {}
             for name, expected in body["files"].items():
                 if file_sha256(folder / name) != expected:
                     raise _DamagedError(f"{name} differs from its hash")
-                tensors[name.removesuffix(".safetensors")] = load_file(folder / name)
-        except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(str(error)) from error
         log_bytes = self.log.path.stat().st_size if self.log.path.is_file() else 0
         if log_bytes < body["state"]["log_bytes"]:
             raise _DamagedError(f"{self.log.path.name} is shorter than when it was made")
-        return Checkpoint(body["steps"], tensors, body["state"])
+        state: dict[str, Any] = body["state"]
+        return state
 
     def _require_same_run(self, folder: Path, key: Mapping[str, Any]) -> None:
         for name, value in self._key.items():

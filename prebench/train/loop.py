@@ -17,10 +17,11 @@ from prebench.model.visual_states import num_layers
 from prebench.runtime import choose_device, choose_dtype, derive_seed, seed_everything
 from prebench.schema import NormPenaltyConfig, RegularizerConfig, StageConfig, TrainConfig
 from prebench.train.batches import TrainingInputs
-from prebench.train.checkpoint import Checkpoints
+from prebench.train.checkpoint import Checkpoint, Checkpoints
 from prebench.train.features import FeatureCache
 from prebench.train.log import LogLine
 from prebench.train.objective import Objective
+from prebench.train.processes import join_processes, on_main, require_supported
 from prebench.train.regularizers.base import Regularizer
 from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer
@@ -90,7 +91,7 @@ def train(
     seed_everything(derive_seed("train", seed))
     accelerator = build_accelerator(config)
     shared = Shared(accelerator, Objective(model, regularizer), config, seed, log, checkpoints, stop)
-    found = None if checkpoints is None else checkpoints.open()
+    found = None if checkpoints is None else _open(checkpoints)
     if found is not None:
         shared.trained.update(found.tensors["weights"])
     steps_before = 0
@@ -108,12 +109,21 @@ def train(
     model.eval()
 
 
+def _open(checkpoints: Checkpoints) -> Checkpoint | None:
+    """Return the checkpoint that process 0 chose, in every process."""
+    steps = on_main(checkpoints.open)
+    return None if steps is None else checkpoints.read(steps)
+
+
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Return accelerate's front end for the configured device and precision.
 
     Raises:
-        ConfigError: CUDA was asked for and there is none.
+        ConfigError: CUDA was asked for and there is none, or the launcher asks for what prebench does not train with.
     """
     device = choose_device(config.device)
     bf16 = choose_dtype(config.dtype, device) == torch.bfloat16
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
+    join_processes(config.device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
+    require_supported(accelerator.distributed_type)
+    return accelerator

@@ -34,9 +34,10 @@ class LossTerms:
         nothing else: the model's gradients are those of lm_loss bit for bit.
         """
         lm_loss = self.lm_sum / max(1, num_targets)
-        if self.pre_sum is None or num_images == 0:
+        if self.pre_sum is None:
             return lm_loss
-        return lm_loss + (weight if weight > 0 else 1.0) * self.pre_sum / num_images
+        # Without any image the sum is 0, but the predictor stays in the graph: processes wait for its gradients.
+        return lm_loss + (weight if weight > 0 else 1.0) * self.pre_sum / max(1, num_images)
 
 
 class Objective(nn.Module):
@@ -75,6 +76,9 @@ class Objective(nn.Module):
         assert pixel_values is not None
         learning = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
         encode = encode_images if learning else vision_features
+        if not len(pixel_values):
+            # No tower takes a batch of nothing. Of a black picture nothing is kept, but weights that learn have a part.
+            return encode(self.model, pixel_values.new_zeros((1, *pixel_values.shape[1:])))[:0]
         return encode(self.model, pixel_values)
 
     def _lm_sum(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:

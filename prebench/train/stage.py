@@ -26,8 +26,8 @@ from prebench.train.batches import MicroBatches, TrainingInputs, optimiser_steps
 from prebench.train.checkpoint import Checkpoint, Checkpoints
 from prebench.train.log import LogLine
 from prebench.train.objective import LossTerms, Objective
-from prebench.train.random_state import random_state, restore_random_state
 from prebench.train.processes import on_main
+from prebench.train.random_state import random_state, restore_random_state
 from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
 from prebench.train.validation import Validation
 
@@ -238,7 +238,7 @@ class Stage:
     def _save(self, checkpoints: Checkpoints, steps: int, done: int) -> None:
         accelerator = self._shared.accelerator
         random_states = gather_object([random_state(accelerator.device)])
-        on_main(accelerator, lambda: self._write(checkpoints, steps, done, random_states))
+        on_main(lambda: self._write(checkpoints, steps, done, random_states))
 
     def _write(self, checkpoints: Checkpoints, steps: int, done: int, random_states: list[dict[str, Tensor]]) -> None:
         tensors: dict[str, Mapping[str, Tensor]] = {"weights": self._saved_weights()}

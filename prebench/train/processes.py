@@ -1,0 +1,68 @@
+"""Several processes on one run: what one of them does for all. They come from torchrun or `accelerate launch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
+
+from prebench.errors import ConfigError, PrebenchError
+from prebench.runtime import choose_device, num_processes
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+ResultT = TypeVar("ResultT")
+
+
+def join_processes(device: str) -> PartialState:
+    """Meet the other processes of this run; without a launcher there are none.
+
+    Args:
+        device: the recipe's.
+    """
+    return PartialState(cpu=choose_device(device).type == "cpu")
+
+
+def require_supported(kind: DistributedType) -> None:
+    """Refuse what the loop has never been seen to train with: FSDP, DeepSpeed, Megatron.
+
+    Raises:
+        ConfigError: the launcher asks for one of them.
+    """
+    if kind not in SUPPORTED:
+        raise ConfigError(
+            f"the launcher asks for {kind.value}, but prebench copies the model to every process (DDP): start it with "
+            "`accelerate launch --multi_gpu`, `accelerate launch --cpu` or torchrun"
+        )
+
+
+def on_main(call: Callable[[], ResultT]) -> ResultT:
+    """Run something in process 0 alone and return its result in every process, so that all agree.
+
+    Args:
+        call: may raise; its result must be small.
+
+    Raises:
+        PrebenchError: process 0 raised it; every process does.
+    """
+    if num_processes() == 1:
+        return call()
+    outcome: list[ResultT | PrebenchError | None] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = call()
+        except PrebenchError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[1], PrebenchError):
+        raise outcome[1]
+    result: ResultT = outcome[0]  # type: ignore[assignment]
+    return result
+
+
+def leave_processes() -> None:
+    """Part from the other processes, if there are any."""
+    if num_processes() > 1:
+        PartialState().destroy_process_group()
