@@ -30,8 +30,8 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PER_ROW = 3
 """Panels side by side: more could not be read in a README or on a phone."""
-_GREY = "#555555"
-_STYLE: dict[str, Any] = {
+GREY = "#555555"
+STYLE: dict[str, Any] = {
     "svg.hashsalt": "prebench",
     "svg.fonttype": "none",
     "font.size": 9,
@@ -76,6 +76,10 @@ def write_figures(study: Study) -> list[Path]:
     curves = learning_curves.curves(study)
     if not curves.empty:
         paths += training_curves(study, curves, folder / "learning_curves.svg")
+    from prebench.analysis import model_plots  # it draws with this module's colours and styles
+
+    paths += model_plots.scatter(study, folder / "correlation.svg")
+    paths += model_plots.dose_curves(study, folder / "dose_response.svg")
     return paths
 
 
@@ -97,11 +101,11 @@ def layer_curves(study: Study, path: Path) -> list[Path]:
         panels = [_probe_panel(probes, name, "accuracy") for name in degradation.attributes(study)]
         panels += [_probe_panel(probes, "", metric) for metric in _PATCH] if panels else []
     rings = {variant: regularised_layers(study, variant) for variant in study.variants}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = _figure(panels, study.variants, study, "decoder layer (0: its input)", rings)
         if not panels:
             figure.text(0.5, 0.5, "no probe results yet", ha="center", va="center")
-        return _save(figure, path, f"{study.name}: probes by layer")
+        return save(figure, path, f"{study.name}: probes by layer")
 
 
 def training_curves(study: Study, curves: pd.DataFrame, path: Path) -> list[Path]:
@@ -128,9 +132,9 @@ def training_curves(study: Study, curves: pd.DataFrame, path: Path) -> list[Path
         _Panel(title, mine.rename(columns=columns | {name: "y"})[["variant", "seed", "x", "y"]], name != "lm_loss")
         for name, title in [("lm_loss", "lm_loss, nats per token"), *kinds]
     ]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = _figure(panels, shown, study, "instruct step", {})
-        return _save(figure, path, f"{study.name}: validation during training")
+        return save(figure, path, f"{study.name}: validation during training")
 
 
 def _probe_panel(probes: pd.DataFrame, attribute: str, metric: str) -> _Panel:
@@ -144,13 +148,15 @@ def _probe_panel(probes: pd.DataFrame, attribute: str, metric: str) -> _Panel:
     return _Panel(title, layers[["variant", "seed", "x", "y"]], bool(attribute), reference)
 
 
-def _lines(study: Study) -> dict[str, _Line]:
+def variant_lines(study: Study) -> dict[str, _Line]:
+    """Return how each variant is drawn in all figures of the study."""
     several = len(study.variants) > PER_ROW
     lines = {}
     for i, variant in enumerate(study.variants):
         light = several and verdict.is_control(study, variant)
         look = (0.9, 0.65, 0.0) if light else (1.8, 1.0, 0.18)
-        lines[variant] = _Line(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], *look)
+        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # colours come again with another marker
+        lines[variant] = _Line(COLOURS[i % len(COLOURS)], marker, *look)
     return lines
 
 
@@ -161,7 +167,7 @@ def _figure(
     rows = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(2.6 * columns + 0.2, 2.15 * rows + 0.75), layout="constrained")
     FigureCanvasPdf(figure)
-    lines = {name: line for name, line in _lines(study).items() if name in variants}
+    lines = {name: line for name, line in variant_lines(study).items() if name in variants}
     for i, panel in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
         _draw(axis, panel, lines, rings)
@@ -180,12 +186,12 @@ def _legend(lines: dict[str, _Line], ringed: bool, encoder: bool) -> list[Any]:
         for name, line in lines.items()
     ]
     if encoder:
-        handles.append(Line2D([], [], color=_GREY, linewidth=1, linestyle="--", label="vision encoder"))
+        handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle="--", label="vision encoder"))
     if ringed:
         ring = Line2D([], [], linestyle="none", marker="o", ms=9, label="regularised layer")
-        ring.set(markerfacecolor="none", markeredgecolor=_GREY)
+        ring.set(markerfacecolor="none", markeredgecolor=GREY)
         handles.append(ring)
-    handles.append(Patch(color=_GREY, alpha=0.25, linewidth=0, label="line: mean, band: min to max over seeds"))
+    handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label="line: mean, band: min to max over seeds"))
     return handles
 
 
@@ -206,7 +212,7 @@ def _draw(axis: Axes, panel: _Panel, lines: dict[str, _Line], rings: dict[str, s
             ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": line.colour, "alpha": line.alpha}
             axis.plot([layer], [mean[layer]], "o", markersize=9 + 1.5 * line.width, **ring)
     if panel.reference is not None:
-        axis.axhline(scale * panel.reference, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+        axis.axhline(scale * panel.reference, color=GREY, linewidth=1, linestyle="--", zorder=0)
     _scale(axis, panel, scale)
 
 
@@ -223,7 +229,7 @@ def _scale(axis: Axes, panel: _Panel, scale: float) -> None:
     axis.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path, title: str) -> list[Path]:
+def save(figure: Figure, path: Path, title: str) -> list[Path]:
     """Write a figure as SVG and PDF; without dates the files depend on the records alone."""
     # One drawing settles the layout; a second format would start from its result and differ from run to run.
     figure.draw_without_rendering()

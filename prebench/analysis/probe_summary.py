@@ -123,7 +123,7 @@ def write_curves(rows: pd.DataFrame, path: Path, title: str) -> list[Path]:
     levels = ("statistics", "similarity")
     panels += [_Panel(text, level, "", metric) for level, (metric, text) in zip(levels, _TOKENS.items(), strict=True)]
     panels = [panel for panel in panels if len(_values(rows, panel, panel.metric))]
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         columns = min(plots.PER_ROW, len(panels))
         lines = math.ceil(len(panels) / columns)
         figure = Figure(figsize=(2.6 * columns + 0.2, 2.15 * lines + 0.6), layout="constrained")
@@ -136,7 +136,7 @@ def write_curves(rows: pd.DataFrame, path: Path, title: str) -> list[Path]:
             if number + columns >= len(panels):
                 axis.set_xlabel("decoder layer (0: its input)")
         figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False)
-        return plots._save(figure, path, title)
+        return plots.save(figure, path, title)
 
 
 def _values(rows: pd.DataFrame, panel: _Panel, metric: str) -> pd.DataFrame:
@@ -159,10 +159,10 @@ def _draw(axis: Axes, rows: pd.DataFrame, panel: _Panel) -> None:
     encoder = encoder[(encoder["metric"] == panel.metric) & (encoder["layer"] == plots.ENCODER_LAYER)]["value"]
     if len(encoder):
         height = scale * float(encoder.iloc[0])
-        axis.axhline(height, color=plots._GREY, linewidth=1.0, linestyle="--", zorder=0, label="vision encoder")
+        axis.axhline(height, color=plots.GREY, linewidth=1.0, linestyle="--", zorder=0, label="vision encoder")
     shuffled = _values(rows, panel, SHUFFLED)
     if panel.percent and len(shuffled):
         height = scale * float(shuffled["value"].iloc[0])
-        axis.axhline(height, color=plots._GREY, linewidth=1.0, linestyle=":", zorder=0, label="shuffled labels")
+        axis.axhline(height, color=plots.GREY, linewidth=1.0, linestyle=":", zorder=0, label="shuffled labels")
     axis.grid(axis="y", color="#dddddd", linewidth=0.5)
     axis.set_axisbelow(True)

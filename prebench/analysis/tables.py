@@ -330,6 +330,23 @@ def trained_models(study: Study, task: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["variant", "seed", "reduction", "gain"])
 
 
+def correlation_of(points: pd.DataFrame, task: str) -> statistics.Correlation:
+    """Return the correlation of a task's `trained_models`."""
+    seed = derive_seed("correlation", task) % 2**32
+    reductions, gains = points["reduction"].to_numpy(), points["gain"].to_numpy()
+    return statistics.correlation(reductions, gains, blocks=points["seed"].tolist(), seed=seed)
+
+
+def as_correlated(points: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
+    """Centre over the models of a seed where several share its baseline, as `statistics.correlation` does."""
+    counts = points.groupby("seed")["seed"].transform("size")
+    if counts.max() == 1:
+        return points, False
+    kept = points[counts > 1]
+    columns = ["reduction", "gain"]
+    return kept.assign(**(kept[columns] - kept.groupby("seed")[columns].transform("mean"))), True
+
+
 _CORRELATION = ["task", "label", "n_models", "r", "low", "high", "rho", "p", "without_low", "without_high", "note"]
 
 
@@ -337,10 +354,7 @@ def _correlation(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """One row per task: does a model that degrades less answer better? The trained model is the unit."""
     numbers, printed = [], []
     for task in study.tasks:
-        points = trained_models(study, task.task)
-        seed = derive_seed("correlation", task.task) % 2**32
-        reductions, gains = points["reduction"].to_numpy(), points["gain"].to_numpy()
-        found = statistics.correlation(reductions, gains, blocks=points["seed"].tolist(), seed=seed)
+        found = correlation_of(trained_models(study, task.task), task.task)
         bounds = (found.interval.low, found.interval.high) if found.interval else (None, None)
         without = (found.without_one.low, found.without_one.high) if found.without_one else (None, None)
         row = (found.n, found.pearson, *bounds, found.spearman, found.p, *without, found.note)

@@ -10,6 +10,9 @@ import pytest
 
 from prebench.analysis import ablation, dose
 from prebench.analysis.join import load_study
+from prebench.analysis.plots import write_figures
+from prebench.analysis.report import write_page
+from prebench.analysis.tables import write_tables
 from prebench.config import dump_yaml, load_variant
 from prebench.store import write_json, write_text
 from tests.analysis.conftest import random_scores, study_config, write_probe, write_run
@@ -101,3 +104,24 @@ def test_few_seeds_give_no_claim(tmp_path: Path, seeds: int) -> None:
     numbers, printed, _ = dose.trends(load_study(make_grid(tmp_path, seeds)))
     assert set(numbers["verdict"]) == {dose.NO_CLAIM}
     assert set(printed["Verdict"]) == {"no claim: n too small"}
+
+
+def test_the_report_and_the_figures_show_them_with_n(tmp_path: Path) -> None:
+    study = load_study(make_grid(tmp_path, 3))
+    write_tables(study)
+    names = {path.name for path in write_figures(study)}
+    assert {"dose_response.svg", "dose_response.pdf", "correlation.svg", "correlation.pdf"} <= names
+    words = (study.folder / "figures" / "dose_response.svg").read_text()
+    assert "rises (n = 15)" in words and "regularised decoder layer" in words
+    assert "n = 30 models" in (study.folder / "figures" / "correlation.svg").read_text()
+    html = write_page(study).read_text()
+    assert "Ablation and dose-response" in html and "reduction of degradation, points (n = 12 trained models)" in html
+    for name in ("ablation", "dose_trend", "dose_response"):
+        assert f"tables/{name}.csv" in html
+    assert "tables/ablation.csv, line 3: " in html and "reduction = 0.025000" in html
+
+
+def test_a_scatter_of_few_models_claims_nothing(tmp_path: Path) -> None:
+    study = load_study(make_grid(tmp_path, 3, variants=("baseline", "pre")))
+    assert "dose_response.svg" not in {path.name for path in write_figures(study)}
+    assert "n = 3: n too small; no claim" in (study.folder / "figures" / "correlation.svg").read_text()

@@ -103,6 +103,8 @@ def test_tables_and_figures_appear_with_the_curves_alone(study: Path) -> None:
         "layer_curves.pdf",
         "learning_curves.svg",
         "learning_curves.pdf",
+        "correlation.svg",
+        "correlation.pdf",
     ]
     words = (study / "figures" / "learning_curves.svg").read_text()
     assert all(word in words for word in ("lm_loss, nats per token", "color: accuracy, %", "instruct step"))

@@ -262,7 +262,7 @@ def test_repetition_gives_equal_bytes(make_study: StudyMaker) -> None:
         write_figures(study)
         contents.append(files_of(folder))
         texts.append([summary_text(study), *(render(compare(study, "baseline", "pre"), f) for f in ("text", "csv"))])
-    assert contents[0] == contents[1] and len(contents[0]) == 21
+    assert contents[0] == contents[1] and len(contents[0]) == 23
     assert texts[0] == texts[1]
 
 

@@ -334,17 +334,23 @@ def test_layer_curves_hold_every_metric_of_the_records(make_study: StudyMaker) -
         pixels = pixels.assign(metric="raw_pixel_accuracy", value=0.31)
         few = frame[frame["metric"] == "accuracy"].assign(metric="accuracy_10_per_class")
         model = frame[:3].assign(level="model", attribute="", metric="image_tokens_see_the_question", value=1.0)
-        pd.concat([frame, more, control, pixels, few, model[:1].assign(layer=0)]).to_parquet(path)
+        decoded = model[:1].assign(layer=4, level="lm_head", metric="token_entropy", value=1.25)
+        words = [decoded.assign(metric="share", attribute=word, value=v) for word, v in (("the", 0.75), (" red", 0.25))]
+        parts = [frame, more, control, pixels, few, model[:1].assign(layer=0), decoded, *words]
+        pd.concat(parts).to_parquet(path)
     html, page = built(folder)
     for words in ("background (unasked): accuracy, %", "fill (asked): accuracy, %", "rank new", "spectrum"):
         assert words in page.text
     assert "pre, layer 2, regularised: 80.0 (seed 0: 80.0, seed 1: 80.0, seed 2: 80.0)" in html
     assert "baseline, layer 2: 69.0 (seed 0: 70.0, seed 1: 69.0, seed 2: 68.0)" in html
     single = table(html, "single-layers")
-    assert set(zip(single["Layer"], single["pre"], strict=True)) == {("2", "99.0"), ("encoder", "31.0"), ("0", "1.000")}
+    assert set(zip(single["Layer"], single["pre"], strict=True)) == {("2", "99.0"), ("encoder", "31.0")}
     assert any(name.endswith("fill: accuracy with shuffled labels, %") for name in single["Value"])
     assert "background (unasked): accuracy from 10 images per class, %" in page.text
     assert "Image tokens attend to the question" in page.text
+    decoded = table(html, "decoded-tokens")
+    assert list(decoded["Most frequent"]) == ["'the' 75%, ' red' 25%"] * len(list(folder.glob("runs/*")))
+    assert set(decoded["Entropy"]) == {"1.25"} and "token entropy" not in page.text
     assert html.count('class="encoder"') >= 4 and 'class="ring"' in html
 
 

@@ -8,16 +8,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import pandas as pd
 
 from prebench.analysis import degradation, learning_curves, verdict
-from prebench.analysis.join import Study, gain
+from prebench.analysis.join import Study
 from prebench.analysis.plots import PER_ROW
 from prebench.analysis.render import NOT_DEFINED, marked, p_value, percent
 from prebench.analysis.report.charts import Panel, Point, Series, lines, number, scatter
 from prebench.analysis.report.parts import Cell, Figure, Group, Section, Table, source
-from prebench.analysis.tables import Made, regularised_layers, trained_models
+from prebench.analysis.tables import Made, as_correlated, regularised_layers, trained_models
 from prebench.records import ENCODER
 
 FEWEST_LAYERS = 3
 """A metric known at fewer decoder layers is no curve: a control, say."""
+MOST_TOKENS = 5
 MOST_SEEDS = 6
 """Single seeds that a mark's title names."""
 _LEVELS = {
@@ -25,8 +26,6 @@ _LEVELS = {
     "patch": "How well visual tokens keep objects apart",
     "statistics": "Statistics of the visual tokens",
     "similarity": "Likeness of the mean visual token to layer 0 and to the encoder",
-    "lm_head": "What the last layer's visual tokens decode to",
-    "model": "The model",
 }
 _METRICS = {
     "accuracy": "accuracy, %",
@@ -62,7 +61,9 @@ def by_layer(study: Study) -> Section:
     probes = pd.concat(frames, ignore_index=True)
     known = degradation.attributes(study)
     groups, single = [], []
-    for level in sorted(set(probes["level"]), key=lambda name: (_place(list(_LEVELS), name), name)):
+    # The model's own facts are cautions, decoded tokens a table of their own: neither is a curve.
+    levels = set(probes["level"]) - {"model", "lm_head"}
+    for level in sorted(levels, key=lambda name: (_place(list(_LEVELS), name), name)):
         mine = probes[probes["level"] == level]
         keys = sorted(set(zip(mine["attribute"], mine["metric"], strict=True)), key=lambda k: (_place(known, k[0]), k))
         shown: list[Figure] = []
@@ -77,7 +78,9 @@ def by_layer(study: Study) -> Section:
         heading = _LEVELS.get(level, _words(level))
         groups += [Group(heading, shown)] if shown else []
         groups += [Group(f"{heading}: fewer training images", folded, folded=True)] if folded else []
-    tables = (_single_layers(study, single),) if single else ()
+    tables = [_single_layers(study, single)] if single else []
+    decoded = probes[probes["level"] == "lm_head"]
+    tables += [_decoded_tokens(study, decoded)] if not decoded.empty else []
     files = (source(study, "tables/probes.csv"),)
     where = "Single runs: runs/<variant>-s<seed>/probe.parquet, whose hashes stand under Provenance."
     return Section(groups, tables, (*_cautions(probes), where), files)
@@ -111,12 +114,39 @@ def _single_layers(study: Study, values: Sequence[pd.DataFrame]) -> Table:
             scale = 100.0 if _is_percent(metric) else 1.0
             for variant in study.variants:
                 mine = found[found["variant"] == variant].assign(x=layer, y=found["value"])
-                points = _points(mine, scale, f"runs/{variant}-s<seed>/probe.parquet, layer")
+                points = mean_points(mine, scale, f"runs/{variant}-s<seed>/probe.parquet, layer")
                 text = number(points[0].y, 0.1 if scale == 100 else 0.0) if points else NOT_DEFINED
                 cells.append(Cell(text, points[0].title if points else "no record"))
             rows.append(cells)
     header = ["Value", "Layer", *study.variants]
     return Table("single-layers", "Controls and values at single layers, mean over seeds.", header, rows, heads=2)
+
+
+def _decoded_tokens(study: Study, decoded: pd.DataFrame) -> Table:
+    """Return what the LM head makes of the last layer's visual tokens: a row per trained model."""
+    rows = []
+    for variant in study.variants:
+        for run in study.of_variant(variant):
+            mine = decoded[(decoded["variant"] == variant) & (decoded["seed"] == run.seed)]
+            if mine.empty:
+                continue
+            path = f"runs/{run.folder.name}/probe.parquet, level lm_head"
+            cells = [Cell(run.folder.name)]
+            for metric, scale, step in (("token_entropy", 1.0, 0.01), ("top10_share", 100.0, 0.1)):
+                found = mine.loc[mine["metric"] == metric, "value"]
+                shown = NOT_DEFINED if found.empty else number(scale * float(found.iloc[0]), step)
+                cells.append(Cell(shown, "no record" if found.empty else f"{path}: {metric} = {found.iloc[0]:.6f}"))
+            tokens = mine[mine["metric"] == "share"].sort_values("value", ascending=False, kind="stable")
+            shares = zip(tokens["attribute"], tokens["value"], strict=True)
+            words = [f"{text!r} {percent(float(share), digits=0)}%" for text, share in shares]
+            cells.append(Cell(", ".join(words[:MOST_TOKENS]) or NOT_DEFINED, f"{path}: {', '.join(words)}"))
+            rows.append(cells)
+    caption = (
+        "The last layer's visual tokens through the LM head: entropy in bits of what they decode to (0: all to one "
+        "token), the share of the ten most frequent tokens, and which are the first."
+    )
+    header = ["Run", "Entropy", "Top ten, %", "Most frequent"]
+    return Table("decoded-tokens", caption, header, rows, words=("Most frequent",))
 
 
 def _cautions(probes: pd.DataFrame) -> list[str]:
@@ -157,11 +187,11 @@ def _series(
     study: Study, variant: str, values: pd.DataFrame, scale: float, what: str, ringed: Iterable[float] = ()
 ) -> Series:
     """Return a variant's line from columns variant, seed, x, y."""
-    points = _points(values[values["variant"] == variant], scale, f"{variant}, {what}", set(ringed))
+    points = mean_points(values[values["variant"] == variant], scale, f"{variant}, {what}", set(ringed))
     return Series(study.variants.index(variant), variant, points, is_light(study, variant))
 
 
-def _points(values: pd.DataFrame, scale: float, what: str, ringed: Collection[float] = ()) -> list[Point]:
+def mean_points(values: pd.DataFrame, scale: float, what: str, ringed: Collection[float] = ()) -> list[Point]:
     """Return mean, lowest and highest over the seeds at every x, from columns seed, x, y."""
     points = []
     for place, found in values.dropna(subset=["y"]).groupby("x", sort=True):
@@ -216,7 +246,7 @@ def correlation(study: Study, made: Made) -> Section:
         if points.empty:
             continue
         title = marked(task.label, task.data_source)
-        placed, centred = _as_correlated(points)
+        placed, centred = as_correlated(points)
         series = []
         for variant, mine in placed.groupby("variant", sort=False):
             raw = points.loc[mine.index]
@@ -231,16 +261,6 @@ def correlation(study: Study, made: Made) -> Section:
         note = "No trained model other than the baseline has both a probe and a score, so there is no correlation."
         return Section(notes=(note,))
     return Section((Group("Gain (up) over reduction of degradation (right), one mark per trained model", figures),))
-
-
-def _as_correlated(points: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
-    """Centre over the models of a seed where several share its baseline, as `statistics.correlation` does."""
-    counts = points.groupby("seed")["seed"].transform("size")
-    if counts.max() == 1:
-        return points, False
-    kept = points[counts > 1]
-    columns = ["reduction", "gain"]
-    return kept.assign(**(kept[columns] - kept.groupby("seed")[columns].transform("mean"))), True
 
 
 def _told(variant: str, seed: int, reduction: float, found: float) -> str:
@@ -259,72 +279,3 @@ def _statement(row: Mapping[str, object]) -> str:
         f"n = {n} trained models: r = {r} [{low}, {high}] ({without} with one model left out), ρ = {rho}, permutation "
         f"p = {p}."
     )
-
-
-# --- doses ---------------------------------------------------------------------------------------------------
-
-
-def dose_response(study: Study) -> Section:
-    """Return reduction and gains against the weight or the layer, where variants differ in that alone."""
-    groups, notes = [], []
-    for field in ("weight", "layer"):
-        families = _families(study, field)
-        for family in families:
-            figures = _dose_figures(study, field, family)
-            if figures:
-                groups.append(Group(f"By {field}: {', '.join(family)}", figures))
-        if not families:
-            notes.append(
-                f"No dose-response over the {field}: it needs at least two variants whose regularizer blocks (weight "
-                f"above 0) differ in the {field} alone, run and compared with the baseline."
-            )
-    if groups:
-        notes.insert(
-            0,
-            "Against the baseline of the same seed, so that weight 0 stands at 0. Line: mean, band: lowest to highest "
-            "seed.",
-        )
-    return Section(groups, notes=notes, sources=(source(study, "tables/seeds.csv"),) if groups else ())
-
-
-def _families(study: Study, field: str) -> list[dict[str, float]]:
-    """Return sets of variants that differ in one field of their regularizer alone: its value by variant."""
-    found: dict[str, dict[str, float]] = {}
-    for config in study.config.variants:
-        block = config.regularizer
-        if block is None or block.weight == 0 or config.name not in study.variants or config.seed_offset:
-            continue
-        layers = regularised_layers(study, config.name)
-        value = float(block.weight) if field == "weight" else float(min(layers, default=-1))
-        rest = block.model_dump(mode="json", exclude={field})
-        found.setdefault(str(sorted(rest.items())), {})[config.name] = value
-    return [family for family in found.values() if len(set(family.values())) > 1]
-
-
-def _dose_figures(study: Study, field: str, family: Mapping[str, float]) -> list[Figure]:
-    if study.baseline is None:
-        return []
-    columns: dict[str, pd.DataFrame] = {}
-    reduced = []
-    for variant, dose in family.items():
-        frame = degradation.reductions(study, study.baseline, variant)
-        reduced.append(pd.DataFrame({"seed": frame["seed"], "x": dose, "y": frame["reduction"]}))
-    columns["reduction of degradation, points"] = pd.concat(reduced)
-    for task in study.tasks:
-        rows = []
-        for variant, dose in family.items():
-            for seed in study.common_seeds(study.baseline, variant, task.task):
-                value = gain(study.runs[study.baseline, seed], study.runs[variant, seed], task.task)
-                rows.append((seed, dose, value))
-        title = f"gain, points: {marked(task.label, task.data_source)}"
-        columns[title] = pd.DataFrame(rows, columns=["seed", "x", "y"])
-    first = next(iter(family))
-    figures = []
-    for i, (title, values) in enumerate(columns.items()):
-        points = _points(values, 100.0, field)
-        if len(points) < 2:
-            continue
-        series = Series(study.variants.index(first), f"variants by {field}", points)
-        panel = Panel(f"d-{field}-{i}-{first}", title, field, [series], least_span=1.0, whole_steps=field == "layer")
-        figures.append(Figure(title, lines(panel)))
-    return figures
