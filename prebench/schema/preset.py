@@ -104,6 +104,11 @@ class TrainConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     cpu_threads: int | None = Field(None, gt=0)
     """Threads of one run on a CPU; null: all cores. Small models gain more from several runs side by side."""
+    gradient_checkpointing: bool = Field(False, exclude_if=lambda value: value is False)
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    torch_compile: bool = Field(False, exclude_if=lambda value: value is False)
+    """Compile the decoder layers (torch.compile): faster steps on a GPU after minutes of compiling; sums may round
+    differently."""
     checkpoint_every: int = Field(500, ge=0)
     """Optimiser steps between two checkpoints, over both stages; 0: none but the one that SIGTERM asks for. Decides no
     weight."""

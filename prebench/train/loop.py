@@ -18,6 +18,7 @@ from prebench.runtime import choose_device, choose_dtype, derive_seed, seed_ever
 from prebench.schema import NormPenaltyConfig, RegularizerConfig, StageConfig, TrainConfig
 from prebench.train.batches import TrainingInputs
 from prebench.train.checkpoint import Checkpoint, Checkpoints
+from prebench.train.execution import execution
 from prebench.train.features import FeatureCache
 from prebench.train.log import LogLine
 from prebench.train.objective import Objective
@@ -94,9 +95,16 @@ def train(
     found = None if checkpoints is None else _open(checkpoints)
     if found is not None:
         shared.trained.update(found.tensors["weights"])
+    with execution(model, config):
+        _train_stages(shared, inputs, found)
+    model.to("cpu")
+    model.eval()
+
+
+def _train_stages(shared: Shared, inputs: TrainingInputs, found: Checkpoint | None) -> None:
     steps_before = 0
     for name in STAGES:
-        stage: StageConfig = getattr(config, name)
+        stage: StageConfig = getattr(shared.config, name)
         if stage.steps > 0:
             if "vision_tower" in stage.trainable:
                 # From here on the tower is no longer the one whose features were cached.
@@ -105,8 +113,6 @@ def train(
                 Stage(shared, name, steps_before, inputs, found).run()
                 found = None
         steps_before += stage.steps
-    model.to("cpu")
-    model.eval()
 
 
 def _open(checkpoints: Checkpoints) -> Checkpoint | None:

@@ -1,0 +1,39 @@
+"""How a model is computed, not what: activation checkpointing and compilation, switched on for a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from prebench.model.visual_states import language_model
+from prebench.schema import TrainConfig
+
+
+@contextmanager
+def execution(model: LlavaForConditionalGeneration, config: TrainConfig) -> Iterator[None]:
+    """Apply the recipe's switches inside the block; afterwards the model is as it was.
+
+    Decoder layers are compiled one by one, and their `forward` alone: the hooks that read hidden states stay outside
+    and see the very tensors of the graph.
+
+    Args:
+        model: unwrapped.
+        config: the recipe.
+    """
+    layers: Any = language_model(model).layers if config.torch_compile else []
+    if config.gradient_checkpointing:
+        # The re-entrant kind loses the gradient of tensors that a hook has taken out of a layer.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
