@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -21,6 +23,7 @@ from prebench.data.image_files import ImageFolders
 from prebench.data.llava_json import parse_record
 from prebench.data.visual_tokens import pad_to_square
 from prebench.errors import DataError
+from prebench.schema import DataConfig
 from tests.data.tiny_conversations import good_records, llava_config, picture, tiny_processor, turns, write_records
 
 
@@ -265,3 +268,37 @@ def test_the_report_of_bad_data_ends_with_2(damaged: Path, tmp_path: Path) -> No
 def test_the_report_needs_data(arguments: list[str], message: str) -> None:
     result = doctor(*arguments)
     assert result.exit_code == 2 and message in result.stderr and isinstance(result.exception, SystemExit)
+
+
+# --- tables: streaming and the Hub ---------------------------------------------------------------------------------
+
+
+def write_rows(folder: Path, number: int) -> Path:
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    rows = [{"user": f"why? {i}", "assistant": "no"} for i in range(number)]
+    table = pa.table({"texts": [[row] for row in rows]})
+    images = pa.array([[{"bytes": picture(i), "path": None}] for i in range(number)], kind)
+    features = {"info": {"features": {"images": {"feature": {"_type": "Image"}, "_type": "List"}}}}
+    features["info"]["features"]["texts"] = {
+        "feature": {name: {"dtype": "string", "_type": "Value"} for name in ("user", "assistant")},
+        "_type": "List",
+    }
+    table = table.append_column("images", images).replace_schema_metadata({"huggingface": json.dumps(features)})
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, start in enumerate(range(0, number, 5)):
+        pq.write_table(table.slice(start, 5), folder / f"train-{part:05}-of-00002.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_first_rows_of_a_table(processor, tmp_path: Path, monkeypatch, streaming: bool) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_rows(tmp_path / "table", 10)
+    block = {"type": "cauldron", "path": str(folder), "streaming": streaming, "num_examples": 7}
+    data = open_data(DataConfig.model_validate({"instruct": [block]}), processor)
+    stage = data.stage("instruct")
+    texts = [example.messages[0]["content"][1]["text"] for example in stage]
+    assert texts == [f"why? {i}" for i in range(7)]
+    assert data.image(data.image_ids[6]).tobytes() == image_files.decode(picture(6), "x").tobytes()
