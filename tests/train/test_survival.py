@@ -5,6 +5,7 @@ More moments than in a test: `PREBENCH_KILLS=20 pytest -m slow tests/train/test_
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from prebench.config import load_preset, load_suite, load_variant
@@ -46,8 +48,10 @@ def make_study(results: Path, variants: tuple[str, ...] = ("pre",), **changes: o
     return results / "s"
 
 
-def train_command(study: Path, *more: object) -> list[str]:
-    return command("train", "--study", study.name, "--results", study.parent, *more)
+def train_command(study: Path, *more: object, processes: int = 1) -> list[str]:
+    arguments = command("train", "--study", study.name, "--results", study.parent, *more)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    return [arguments[0], *launcher, *arguments[1:]] if processes > 1 else arguments
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -95,21 +99,33 @@ def kill_at(study: Path, lines: int, delay: float, arguments: list[str]) -> None
     process = start(arguments)
     wait_until(process, lambda: num_lines(study / "runs" / "pre-s0") >= lines)
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
+    family = psutil.Process(process.pid)
+    for member in [family, *family.children(recursive=True)]:  # a launcher's processes have sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     assert process.wait() == -signal.SIGKILL
 
 
-def test_killed_at_random_moments_of_both_stages_it_ends_with_the_bytes_of_the_undisturbed(tmp_path, undisturbed):
-    study = make_study(tmp_path)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_of_both_stages_it_ends_with_the_bytes_of_the_undisturbed(
+    tmp_path, request, processes
+):
+    again = train_command(study := make_study(tmp_path / "killed"), *ALONE, processes=processes)
+    if processes == 1:
+        expected = request.getfixturevalue("undisturbed")
+    else:
+        plain = make_study(tmp_path / "plain", train__checkpoint_every=0)
+        assert call(train_command(plain, *ALONE, processes=processes)).returncode == 0
+        expected = result(plain / "runs" / "pre-s0")
     moments = random.Random(KILLS)  # noqa: S311
     for number in range(KILLS):
         lines = 1 + (TOTAL - 12) * number // KILLS + moments.randrange(3)
-        kill_at(study, lines, moments.uniform(0, 0.05), train_command(study, *ALONE))
+        kill_at(study, lines, moments.uniform(0, 0.05), again)
         assert not (study / "runs" / "pre-s0" / "model").exists(), "killed too late"
-    done = call(train_command(study, *ALONE))
+    done = call(again)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pre-s0: goes on after step" in done.stderr
-    assert result(study / "runs" / "pre-s0") == undisturbed
+    assert result(study / "runs" / "pre-s0") == expected
 
 
 def test_sigterm_a_full_disk_and_a_flipped_byte_one_after_the_other(tmp_path, undisturbed):
