@@ -15,6 +15,7 @@ from prebench.cli import main
 
 from .browser import Browser, open_browser
 from .conftest import CONTROLS, random_scores, sample, study_config, write_curve, write_run, write_task
+from .test_ablation import make_grid
 from .test_report import HOSTILE, pixel_hash, scene, write_mirror
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -187,3 +188,18 @@ def test_numbers_and_marks_tell_their_source(browser: Browser, page: Path) -> No
     browser.evaluate("location.hash = '#records'")
     browser.evaluate("new Promise((done) => setTimeout(done, 100))")
     assert browser.evaluate("document.getElementById('records').checkVisibility()")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_of_an_ablation_opens_cleanly(browser: Browser, tmp_path: Path, width: int) -> None:
+    folder = make_grid(tmp_path, 3)
+    done = CliRunner().invoke(main, ["report", "--results", str(folder.parent)])
+    assert done.exit_code == 0, done.output
+    browser.problems.clear()
+    browser.open(folder / "report.html", width, scheme="dark")
+    browser.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(OUTSIDE) == [] and browser.evaluate(CONTRAST)["bad"] == []
+    assert browser.evaluate("document.querySelectorAll('#dose figure').length") == 6
+    assert browser.evaluate("document.querySelectorAll('#ablation tbody tr').length") == 11
+    assert browser.problems == []
