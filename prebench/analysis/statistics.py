@@ -233,7 +233,7 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
         only_b: documents that b alone answers right.
     """
     total = only_a + only_b
-    return 1.0 if total == 0 else float(stats.binomtest(only_a, total).pvalue)
+    return min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), total, 0.5)))
 
 
 def equivalence_p(
