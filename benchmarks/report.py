@@ -30,9 +30,9 @@ HEADING = """# Speed of the evaluation
 
 Made by `python benchmarks/evaluation.py` (the newest exported model) and
 `python benchmarks/evaluation.py --architecture smollm2` (random weights of SmolLM2-135M's architecture, 196 visual
-tokens, a small vision tower); see there for what is compared. Ratios are taken within a round, in which all systems
-answer the same documents one after the other: median,
-and the smallest and largest round in brackets. Questions per second are medians over rounds.
+tokens, a small vision tower); see there for what is compared. Each system runs in a process of its own, with the
+settings that it makes there. Ratios are taken within a round, in which all systems answer the same documents one after
+the other: median, and the smallest and largest round in brackets. Questions per second are medians over rounds.
 """
 
 

@@ -1,15 +1,20 @@
-"""The systems that are compared, each of which answers rows of a data set in order."""
+"""The systems that are compared, each of which answers rows of a data set in order, in a process of its own."""
 
 from __future__ import annotations
 
 import io
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from documents import documents
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -18,6 +23,95 @@ from prebench.evaluation.engine import Engine, GenerationRequest
 
 System = Callable[[Dataset], list[str]]
 IMAGE_TOKEN = "<image>"  # noqa: S105  (a token of text)
+ENGINE, LLAVA_HF, PLAIN = "prebench", "llava_hf", "plain generate"
+SYSTEMS = (ENGINE, LLAVA_HF, PLAIN)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all systems are told."""
+
+    model_dir: str
+    device: str
+    max_new_tokens: int
+    batch_size: int
+    """Of plain generate."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a system gave for some documents."""
+
+    answers: list[str]
+    seconds: float
+    new_tokens: int
+    """Of all answers, ends included; 0 where the system does not tell."""
+
+
+class SystemProcess:
+    """A system in a process of its own, which answers when it is asked and sleeps between."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(far_end, name, settings), daemon=True)
+        self._process.start()
+        far_end.close()
+
+    def __enter__(self) -> SystemProcess:
+        """Return the process."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+
+    def answer(self, num_images: int, questions_per_image: int, first_scene: int) -> Answered:
+        """Answer documents (`documents.documents`)."""
+        self._connection.send((_answer, num_images, questions_per_image, first_scene))
+        return self._connection.recv()
+
+    def memory(self, num_images: int, questions_per_image: int, first_scene: int) -> dict[str, float]:
+        """Return MB before, and at the peak of, answering documents."""
+        self._connection.send((_memory, num_images, questions_per_image, first_scene))
+        return self._connection.recv()
+
+
+def _serve(connection: Connection, name: str, settings: Settings) -> None:
+    """Answer requests until the process is ended."""
+    model_dir = Path(settings.model_dir)
+    system: System
+    if name == ENGINE:
+        system = engine_system(model_dir, settings.device, settings.max_new_tokens)
+    elif name == LLAVA_HF:
+        system = llava_hf_system(model_dir, settings.device, settings.max_new_tokens)
+    else:
+        system = PlainGenerate(model_dir, settings.device, settings.max_new_tokens, settings.batch_size)
+    while True:
+        task, *what = connection.recv()
+        connection.send(task(system, settings.device, documents(*what)))
+
+
+def _answer(system: System, device: str, rows: Dataset) -> Answered:
+    start = time.perf_counter()
+    answers = system(rows)
+    return Answered(answers, time.perf_counter() - start, getattr(system, "new_tokens", 0))
+
+
+def _memory(system: System, device: str, rows: Dataset) -> dict[str, float]:
+    if not device.startswith("cuda"):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # what loading took is no part of the peak
+    before = _peak(device)
+    system(rows)
+    return {"loaded": before, "peak": _peak(device)}
+
+
+def _peak(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e6
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()  # getrusage counts the parent, too
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
 
 
 def engine_system(model_dir: Path, device: str, max_new_tokens: int) -> System:

@@ -48,6 +48,8 @@ def require_size(image: Image.Image) -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image in RGB, as processors convert it: the first frame, transparency and orientation tags ignored.
 
+    An image that is in RGB is returned itself.
+
     16-bit grey is scaled to 8 bits; PIL alone would clip it, which leaves a white picture.
 
     Raises:
@@ -60,7 +62,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"image of mode {image.mode}: the range of its 32-bit values is not defined; store 8 or 16 bits"
         )
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def pixel_hash(rgb: Image.Image) -> str:

@@ -37,7 +37,7 @@ def documents() -> Dataset:
 def test_documents_are_those_of_the_data_set(documents: Dataset) -> None:
     once = DecodedOnce(documents)
     assert len(once) == len(documents)
-    for doc_id in (0, 1, 2, 3, 4, 5, 1, 0):
+    for doc_id in (0, 1, 2, 3, 4, 5, 1, 0, -1):
         found, expected = once[doc_id], documents[doc_id]
         assert found.keys() == expected.keys() and found["question"] == expected["question"]
         for name in ("image", "other"):
@@ -70,3 +70,16 @@ def test_a_broken_picture_raises_each_time_and_other_data_sets_are_read_as_they_
     assert DecodedOnce(rows)[1] is rows[1]
     with_format = documents.with_format("numpy")
     assert DecodedOnce(with_format)._documents is with_format
+
+
+def test_rows_of_all_blocks_are_those_of_the_data_set() -> None:
+    columns = {"image": [_file(i % 3) for i in range(20)], "values": [{"a": [i, i + 1]} for i in range(20)]}
+    features = Features({"image": Image(), "values": {"a": [Value("int64")]}})
+    documents = Dataset.from_dict(columns, features=features)
+    once = DecodedOnce(documents)
+    for doc_id in [0, 19, 7, 8, 15, 16, 3, 3, -20]:
+        found = once[doc_id]
+        assert found["values"] == documents[doc_id]["values"]
+        found["values"]["a"].append(99)  # a task's code may
+    with pytest.raises(IndexError):
+        once[20]
