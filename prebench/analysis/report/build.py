@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from prebench.analysis import learning_curves, tables, verdict
 from prebench.analysis.join import Study
 from prebench.analysis.render import marked
-from prebench.analysis.report import curves, doses, maps, sections
+from prebench.analysis.report import curves, doses, loss_health, maps, sections
 from prebench.analysis.report.charts import swatch
 from prebench.analysis.report.parts import source
 from prebench.analysis.report.provenance import provenance
@@ -87,7 +87,7 @@ def _content(study: Study, mirror: Path) -> dict[str, Any]:
         "question_types": sections.question_types(study, made["question_types"]),
         "layers": maps.with_maps(curves.by_layer(study), study, mirror),
         "probes": sections.probes(study, made["probes"]),
-        "training": curves.by_step(study, frame),
+        "training": loss_health.with_health(curves.by_step(study, frame), study),
         "matched": sections.matched(study, made.get("matched")),
         "degradation": sections.degradation(study, made["degradation"]),
         "seeds": sections.seeds(study, made["seeds"]),
