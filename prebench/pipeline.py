@@ -18,7 +18,7 @@ from prebench.progress import say
 from prebench.records import content_hash
 from prebench.runtime import leave_launcher, process_index
 from prebench.schema import StudyConfig, SuiteConfig
-from prebench.study import Run, locked, open_study, plan_study, runs
+from prebench.study import Run, locked, open_study, plan_study, runs, snapshots
 
 MIRROR = "mirror"
 ANSWERS = ".answers"
@@ -171,11 +171,13 @@ def evaluate_all(
     trained = [run for run in runs(folder, config) if is_trained(run, config)]
     if not trained:
         raise StoreError(f"{folder}: no run is trained yet; `prebench train --study {folder.name}` does that")
+    kept = [found for run in trained for found in snapshots(run, config)]
+    models = [*trained, *(snapshot for snapshot in kept if is_trained(snapshot, config))]
     write_manifest(folder)
     manifest = _mirror_manifest(folder, config.suite, tasks, mirror)
     recipe = config.preset.train
     evaluate_study(
-        trained,
+        models,
         chosen,
         mirror or folder / MIRROR,
         manifest,
@@ -184,7 +186,7 @@ def evaluate_all(
         device=recipe.device,
         dtype=dtype_name(config),
         cpu_threads=recipe.cpu_threads,
-        jobs=choose_jobs(jobs, len(trained), recipe.cpu_threads, choose_device(recipe.device).type),
+        jobs=choose_jobs(jobs, len(models), recipe.cpu_threads, choose_device(recipe.device).type),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 PROBE_FILE = "probe.parquet"
 """A run's probe values, `ProbeRow` by row."""
@@ -134,6 +134,8 @@ class TaskRecord:
     seconds: float = 0.0
     sampled: bool = False
     """Answers were drawn at random, as the task asks, from seeds that follow from document and settings."""
+    step: int | None = None
+    """Instruct steps done, where the model is a snapshot; None: the finished model."""
     schema_version: int = SCHEMA_VERSION
 
 

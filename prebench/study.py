@@ -24,21 +24,26 @@ STUDY_FILE = "study.yaml"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 """In a run's folder, until the run is exported."""
+SNAPSHOTS = "snapshots"
+"""In a run's folder: a folder `step-<instruct steps done>` like a run's for each."""
+STEP = "step-"
 MAX_DIFF_LINES = 8
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed."""
+    """One variant with one seed, or a snapshot of it."""
 
     variant: str
     seed: int
     folder: Path
+    step: int | None = None
+    """Instruct steps done at a snapshot; None for the run itself."""
 
     @property
     def name(self) -> str:
-        """Return the run's folder name."""
-        return f"{self.variant}-s{self.seed}"
+        """Return the run's folder name; of a snapshot the step, too."""
+        return f"{self.variant}-s{self.seed}" + ("" if self.step is None else f" after step {self.step}")
 
     @property
     def model_dir(self) -> Path:
@@ -53,6 +58,20 @@ def runs(folder: Path, config: StudyConfig) -> list[Run]:
         for seed in config.seeds
         for variant in config.variants
     ]
+
+
+def snapshot_folder(run: Path, step: int) -> Path:
+    """Return the folder of a run's snapshot."""
+    return run / SNAPSHOTS / f"{STEP}{step}"
+
+
+def snapshots(run: Run, config: StudyConfig) -> list[Run]:
+    """Return the run's snapshots whose models are there, by step; those of a finished study may be deleted."""
+    found = [
+        Run(run.variant, run.seed, snapshot_folder(run.folder, step), step)
+        for step in config.preset.train.snapshot_steps
+    ]
+    return [snapshot for snapshot in found if (snapshot.model_dir / "prebench.json").is_file()]
 
 
 def read_study(folder: Path) -> StudyConfig:
@@ -146,10 +165,11 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove the halves that a killed process left, and checkpoints of finished runs: models can be large."""
     for manifest in folder.glob("runs/*/model/prebench.json"):
         shutil.rmtree(manifest.parent.parent / CHECKPOINTS, ignore_errors=True)
-    for pattern in (".mirror.partial", "runs/*/.export-*", "runs/*/.probe-*"):
+    parts = ("runs/*/.export-*", "runs/*/.probe-*", "runs/*/snapshots/*/.export-*", "runs/*/snapshots/*/.probe-*")
+    for pattern in (".mirror.partial", *parts):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for parent in ("cache", "runs/*", "runs/*/eval"):
+    for parent in ("cache", "runs/*", "runs/*/eval", "runs/*/snapshots/*", "runs/*/snapshots/*/eval"):
         for path in folder.glob(f"{parent}/.*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 

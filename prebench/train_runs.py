@@ -17,7 +17,7 @@ from prebench.jobs import Job, Report, choose_jobs, run_jobs
 from prebench.progress import ProgressLine, say
 from prebench.records import content_hash
 from prebench.schema import StudyConfig
-from prebench.study import CHECKPOINTS, Run
+from prebench.study import CHECKPOINTS, Run, snapshot_folder
 
 if TYPE_CHECKING:
     from prebench.train.loop import TrainingInputs
@@ -206,8 +206,7 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
         pre = "" if entry["pre_loss"] is None else f", pre_loss {entry['pre_loss']:.3f}"
         report(done, f"{entry['stage']}: lm_loss {entry['lm_loss']:.3f}{pre}")
 
-    with sigterm_noted() as stop, closing(log):
-        train(model, regularizer, recipe, inputs, seed, note, checkpoints, stop)
+    def write(folder: Path, **more: Any) -> None:
         manifest = {
             "variant": run.variant,
             "seed": run.seed,
@@ -221,9 +220,17 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
             "pre_loss": log.last.get("pre_loss"),
             "train_seconds": round(checkpoints.seconds, 1),
         }
+        export(model, inputs.processor, folder, manifest | more)
+
+    def keep_snapshot(stage: str, done: int) -> None:
+        if stage == "instruct" and done in recipe.snapshot_steps:
+            on_main(lambda: write(snapshot_folder(run.folder, done) / "model", step=done))
+
+    with sigterm_noted() as stop, closing(log):
+        train(model, regularizer, recipe, inputs, seed, note, checkpoints, stop, keep_snapshot)
 
         def finish() -> bool:
-            export(model, inputs.processor, run.model_dir, manifest)
+            write(run.model_dir)
             checkpoints.remove()
             return stop()
 

@@ -209,6 +209,7 @@ def evaluate_task(
         versions=versions(),
         seconds=round(time.perf_counter() - started, 2),
         sampled=any(answer.sampled for answer in answers.values()),
+        step=run.step,
     )
     write_jsonl(run.run_dir / "eval" / f"{loaded.name}.samples.jsonl", samples)
     write_record(run.run_dir / "eval" / f"{loaded.name}.json", record)  # last: its presence says "complete"

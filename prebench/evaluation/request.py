@@ -29,11 +29,13 @@ class RunRequest(StrictModel):
     seed: int
     model_dir: Path
     run_dir: Path
+    step: int | None = None
+    """Instruct steps done at a snapshot; None for the finished model."""
 
     @property
     def name(self) -> str:
         """Return the run's name in messages."""
-        return f"{self.variant}-s{self.seed}"
+        return f"{self.variant}-s{self.seed}" + ("" if self.step is None else f" after step {self.step}")
 
 
 class EvaluationRequest(StrictModel):

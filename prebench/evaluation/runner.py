@@ -62,7 +62,13 @@ def evaluate_study(
     """
     request = EvaluationRequest(
         runs=tuple(
-            RunRequest(variant=r.variant, seed=r.seed, model_dir=r.model_dir.resolve(), run_dir=r.folder.resolve())
+            RunRequest(
+                variant=r.variant,
+                seed=r.seed,
+                model_dir=r.model_dir.resolve(),
+                run_dir=r.folder.resolve(),
+                step=r.step,
+            )
             for r in runs
         ),
         tasks=suite.tasks,

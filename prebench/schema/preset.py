@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -112,6 +112,16 @@ class TrainConfig(StrictModel):
     checkpoint_every: int = Field(500, ge=0)
     """Optimiser steps between two checkpoints, over both stages; 0: none but the one that SIGTERM asks for. Decides no
     weight."""
+
+    snapshots: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((), exclude_if=lambda value: not value)
+    """Shares of the instruct steps after which a copy of the model is kept, evaluated and probed like the model itself
+    (runs/<run>/snapshots/step-<n>): how vision and language move while training goes on. Decides no weight."""
+
+    @property
+    def snapshot_steps(self) -> tuple[int, ...]:
+        """Return the instruct steps done at each snapshot, ascending; none at the end, where the model itself is."""
+        steps = {max(1, round(share * self.instruct.steps)) for share in self.snapshots}
+        return tuple(sorted(step for step in steps if step < self.instruct.steps))
 
     @property
     def total_steps(self) -> int:

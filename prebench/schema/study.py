@@ -73,7 +73,7 @@ class StudyConfig(StrictModel):
         return {
             "model": self.preset.model.model_dump(mode="json"),
             "data": self.preset.data.model_dump(mode="json"),
-            "train": self.preset.train.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "train": self.preset.train.model_dump(mode="json", exclude={"checkpoint_every", "snapshots"}),
             "regularizer": None if chosen.regularizer is None else chosen.regularizer.model_dump(mode="json"),
             "seed": self.training_seed(variant, seed),
         }

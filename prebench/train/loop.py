@@ -71,6 +71,7 @@ def train(
     log: Callable[[LogLine], None],
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] = lambda: False,
+    after_step: Callable[[str, int], None] = lambda stage, done: None,
 ) -> None:
     """Train in place through all stages, from the last checkpoint on where there is one.
 
@@ -83,6 +84,7 @@ def train(
         log: receives one dict per logged step.
         checkpoints: where the run's checkpoints lie; None saves none.
         stop: asked in every step whether this process is to end.
+        after_step: called in every process with the stage and its steps done; must change nothing.
 
     Raises:
         TrainingError: a loss or gradient norm is not finite (before the optimiser's step).
@@ -91,7 +93,7 @@ def train(
     """
     seed_everything(derive_seed("train", seed))
     accelerator = build_accelerator(config)
-    shared = Shared(accelerator, Objective(model, regularizer), config, seed, log, checkpoints, stop)
+    shared = Shared(accelerator, Objective(model, regularizer), config, seed, log, checkpoints, stop, after_step)
     found = None if checkpoints is None else _open(checkpoints)
     if found is not None:
         shared.trained.update(found.tensors["weights"])

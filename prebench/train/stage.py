@@ -48,6 +48,8 @@ class Shared:
     """None: nothing is saved."""
     stop: Callable[[], bool]
     """Tells whether this process was asked to end."""
+    after_step: Callable[[str, int], None] = lambda stage, done: None
+    """Called with the stage and its steps done, in every process; changes nothing."""
     trained: set[str] = field(default_factory=set)
     """Parameters that a stage has trained so far; all others are those of the run's start, and in no checkpoint."""
 
@@ -146,6 +148,7 @@ class Stage:
                 if self._shared.accelerator.is_main_process:
                     self._shared.log(line)
             self._validate(step)
+            self._shared.after_step(self.name, step + 1)  # before a checkpoint, behind which it would not come again
             self._survive(step + 1, stop)
 
     def _step(self, step: int, batches: list[Batch]) -> tuple[LogLine, Tensor, bool]:
