@@ -101,6 +101,8 @@ def run(results: Path, dry_run: bool, jobs: int | None, mirror: Path | None, **r
       prebench run --suite full --seeds 0,1,2
       prebench run --suite full --controls       is it the image, a moving target, or randomness?
       prebench run --suite full --name short --set train.instruct.steps=300
+      prebench run --suite full --name dynamics --set 'train.snapshots=[0.1, 0.25, 0.5]'
+                                                 probes and benchmarks during training, too
     """
     from prebench import pipeline
     from prebench.study import plan_study
@@ -154,6 +156,9 @@ def _echo_plan(folder: Path, config: StudyConfig, mirror: Path | None) -> None:
     click.echo(f"study      {folder}")
     click.echo(f"preset     {config.preset.name}: {config.preset.description}")
     click.echo(f"recipe     align {recipe.align.steps} + instruct {recipe.instruct.steps} steps")
+    if recipe.snapshot_steps:
+        steps = ", ".join(map(str, recipe.snapshot_steps))
+        click.echo(f"snapshots  of every run after instruct steps {steps}: each takes the disk space of one more model")
     click.echo(f"trained    {', '.join(todo.done) or 'none'}")
     click.echo(f"to train   {', '.join(todo.train) or 'none'}")
     click.echo(f"tasks      {', '.join(todo.tasks)}")

@@ -168,15 +168,16 @@ def load_study(folder: Path) -> Study:
     """
     path = find_study(folder.parent, folder.name) / "study.yaml"
     config = validate(StudyConfig, read_yaml(path), str(path))
-    loaded = [_load_run(folder, config, variant, seed) for variant in config.variants for seed in config.seeds]
+    keys = [(variant, seed) for variant in config.variants for seed in config.seeds]
+    loaded = [load_run(folder / "runs" / f"{variant.name}-s{seed}", config, variant, seed) for variant, seed in keys]
     runs = {(run.variant, run.seed): run for run in loaded if run is not None}
     if not runs:
         raise StoreError(f"study {config.name!r} has no results yet; `prebench run` computes them ({folder})")
     return Study(folder, config, runs)
 
 
-def _load_run(folder: Path, config: StudyConfig, variant: VariantConfig, seed: int) -> Run | None:
-    run = folder / "runs" / f"{variant.name}-s{seed}"
+def load_run(run: Path, config: StudyConfig, variant: VariantConfig, seed: int) -> Run | None:
+    """Return the results in a folder of a run, or of a snapshot; None where there are none."""
     paths = (run / "eval" / f"{task.task}.json" for task in config.suite.tasks)
     records = [read_record(path, TaskRecord) for path in paths if path.is_file()]
     probe = run / PROBE_FILE

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from prebench.analysis import degradation, learning_curves, verdict
+from prebench.analysis import degradation, dynamics, learning_curves, verdict
 from prebench.analysis.join import Study
 from prebench.analysis.tables import regularised_layers
 from prebench.records import ENCODER as ENCODER_LAYER
@@ -76,6 +76,9 @@ def write_figures(study: Study) -> list[Path]:
     curves = learning_curves.curves(study)
     if not curves.empty:
         paths += training_curves(study, curves, folder / "learning_curves.svg")
+    moved = dynamics.points(study)
+    if not moved.empty:
+        paths += dynamics_curves(study, moved, folder / "dynamics.svg")
     from prebench.analysis import model_plots  # it draws with this module's colours and styles
 
     paths += model_plots.scatter(study, folder / "correlation.svg")
@@ -135,6 +138,32 @@ def training_curves(study: Study, curves: pd.DataFrame, path: Path) -> list[Path
     with matplotlib.rc_context(STYLE):
         figure = _figure(panels, shown, study, "instruct step", {})
         return save(figure, path, f"{study.name}: validation during training")
+
+
+def dynamics_curves(study: Study, moved: pd.DataFrame, path: Path) -> list[Path]:
+    """Draw probes over the middle layers and benchmarks against the step; return the paths of the SVG and of the PDF.
+
+    Line: mean over seeds; band: lowest to highest seed; dashed: the vision encoder.
+
+    Args:
+        study: the study.
+        moved: its `dynamics.points`.
+        path: of the SVG.
+
+    Raises:
+        StoreError: a file can't be written.
+    """
+    panels = []
+    for (kind, outcome), title in dynamics.titles(study).items():
+        mine = moved[(moved["kind"] == kind) & (moved["outcome"] == outcome)]
+        shown = dynamics.summarised(mine).rename(columns={"step": "x", "value": "y"})
+        encoder = mine.loc[mine["layer"] == "encoder", "value"]
+        if len(shown):
+            reference = float(encoder.mean()) if len(encoder) else None
+            panels.append(_Panel(f"{title}, %", shown[["variant", "seed", "x", "y"]], True, reference))
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(panels, study.variants, study, "instruct step", {})
+        return save(figure, path, f"{study.name}: probes and benchmarks during training")
 
 
 def _probe_panel(probes: pd.DataFrame, attribute: str, metric: str) -> _Panel:

@@ -1,6 +1,7 @@
 """The tables of a study: scores.csv; main, question_types, seeds, probes, degradation, correlation as CSV and LaTeX.
 
-Beside them the verdict in words and, where training was validated, learning_curves.csv and the table `matched`.
+Beside them the verdict in words; where training was validated learning_curves.csv and the table `matched`; where
+snapshots were kept the table `dynamics` and dynamics_points.csv.
 
 CSV holds fractions and is what to compute with; LaTeX prints per cent and is what to print. All of it is rebuilt from
 the records, and equal records give equal bytes.
@@ -16,7 +17,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prebench.analysis import ablation, degradation, dose, learning_curves, question_types, seeds, statistics, verdict
+from prebench.analysis import (
+    ablation,
+    degradation,
+    dose,
+    dynamics,
+    learning_curves,
+    question_types,
+    seeds,
+    statistics,
+    verdict,
+)
 from prebench.analysis.compare import references
 from prebench.analysis.join import Run, Study, gain, scores_frame
 from prebench.analysis.render import NOT_DEFINED, interval, latex_table, marked, p_value, percent, to_csv
@@ -54,22 +65,25 @@ def write_tables(study: Study) -> list[Path]:
     paths = [study.folder / "scores.csv"]
     write_text(paths[0], to_csv(scores_frame(study)))
     curves = learning_curves.curves(study)
-    for name, made in make_tables(study, curves).items():
+    moved = dynamics.points(study)
+    for name, made in make_tables(study, curves, moved).items():
         paths += _write(study, name, made)
-    if not curves.empty:
-        paths.append(study.folder / "tables" / "learning_curves.csv")
-        write_text(paths[-1], to_csv(curves))
+    for name, frame in (("learning_curves", curves), ("dynamics_points", moved)):
+        if not frame.empty:
+            paths.append(study.folder / "tables" / f"{name}.csv")
+            write_text(paths[-1], to_csv(frame))
     paths.append(study.folder / "tables" / VERDICT_FILE)
     write_text(paths[-1], "".join(f"{line}\n" for line in verdict.sentences(study, curves)))
     return paths
 
 
-def make_tables(study: Study, curves: pd.DataFrame) -> dict[str, Made]:
+def make_tables(study: Study, curves: pd.DataFrame, moved: pd.DataFrame) -> dict[str, Made]:
     """Return every table of a study by the name of its files.
 
     Args:
         study: the study.
         curves: its learning curves; empty where training was not validated.
+        moved: `dynamics.points` of its snapshots; empty where there are none.
 
     Raises:
         StoreError: a record is damaged.
@@ -89,6 +103,8 @@ def make_tables(study: Study, curves: pd.DataFrame) -> dict[str, Made]:
     made = {name: make(study) for name, make in makers.items()}
     if not curves.empty:
         made["matched"] = learning_curves.matched_table(study, curves)
+    if not moved.empty:
+        made["dynamics"] = dynamics.table(study, moved)
     return made
 
 

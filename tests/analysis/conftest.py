@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from prebench.config import dump_yaml, validate
 from prebench.records import ProbeRow, SampleRecord, TaskRecord, to_dict
 from prebench.schema import StudyConfig
-from prebench.store import write_json, write_jsonl, write_record, write_text
+from prebench.store import read_json, write_json, write_jsonl, write_record, write_text
 
 LAYERS = 4
 QUESTIONS = 4
@@ -94,7 +95,7 @@ def write_task(run: Path, task: str, label: str, source: str, samples: Sequence[
         n_errors=len(samples) - len(scores),
         data_source=source,
         references={"majority": 0.25, "blind": 0.4},
-        hashes={"weights": f"w-{run.name}", "data": "data"},
+        hashes=hashes(run),
     )
     write_record(run / "eval" / f"{task}.json", record)
     write_jsonl(run / "eval" / f"{task}.samples.jsonl", samples)
@@ -175,3 +176,34 @@ def study_maker(tmp_path: Path) -> StudyMaker:
         return folder
 
     return make
+
+
+SNAPSHOTS = (0.25, 0.5)
+STEPS = 40
+
+
+def write_snapshots(folder: Path, gain: float = 0.2, loss: float = 0.1) -> None:
+    """Give every run snapshots after 10 and 20 of 40 steps: `gain` less accurate in tasks, `loss` better probed each.
+
+    So from the first snapshot to the finished model tasks gain twice `gain`, and probes lose twice `loss`.
+    """
+    path = folder / "study.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["preset"]["train"]["instruct"]["steps"] = STEPS
+    config["preset"]["train"]["snapshots"] = list(SNAPSHOTS)
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    for run in sorted((folder / "runs").iterdir()):
+        variant, _, seed = run.name.rpartition("-s")
+        for back, step in ((2, 10), (1, 20)):
+            place = run / "snapshots" / f"step-{step}"
+            write_json(place / "model" / "prebench.json", read_json(run / "model" / "prebench.json") | {"step": step})
+            for task in ("gqa", "prebench_easy_vqa"):
+                values = read_json(run / "eval" / f"{task}.json")
+                values |= {"score": values["score"] - back * gain, "step": step, "hashes": hashes(run, f"-{step}")}
+                write_json(place / "eval" / f"{task}.json", values)
+            offset = 0.01 * int(seed) if variant == "baseline" else 0.0
+            write_probe(place, [v - offset + back * loss for v in ACCURACY.get(variant, ACCURACY["pre"])])
+
+
+def hashes(run: Path, end: str = "") -> dict[str, str]:
+    return {"weights": f"w-{run.name}{end}", "data": "data"}

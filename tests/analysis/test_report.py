@@ -363,7 +363,7 @@ def test_centred_correlation_is_drawn_as_it_is_computed(make_study: StudyMaker) 
         )
     html, page = built(folder)
     assert "minus the mean of the seed" in page.text
-    row = tables.make_tables(load_study(folder), pd.DataFrame())["correlation"][0].iloc[0]
+    row = tables.make_tables(load_study(folder), pd.DataFrame(), pd.DataFrame())["correlation"][0].iloc[0]
     assert f"n = 9 trained models: r = {row['r']:.2f}".replace("-", "−") in page.text
     assert "early-s1: reduction" in html
 

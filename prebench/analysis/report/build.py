@@ -9,10 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from prebench.analysis import learning_curves, tables, verdict
+from prebench.analysis import dynamics, learning_curves, tables, verdict
 from prebench.analysis.join import Study
 from prebench.analysis.render import marked
-from prebench.analysis.report import curves, doses, loss_health, maps, sections
+from prebench.analysis.report import curves, doses, loss_health, maps, movement, sections
 from prebench.analysis.report.charts import swatch
 from prebench.analysis.report.parts import source
 from prebench.analysis.report.provenance import provenance
@@ -71,7 +71,8 @@ def _digest(text: str) -> str:
 
 def _content(study: Study, mirror: Path) -> dict[str, Any]:
     frame = learning_curves.curves(study)
-    made = tables.make_tables(study, frame)
+    moved = dynamics.points(study)
+    made = tables.make_tables(study, frame, moved)
     planned = len(study.config.variants) * len(study.config.seeds)
     return {
         "study": study,
@@ -89,6 +90,7 @@ def _content(study: Study, mirror: Path) -> dict[str, Any]:
         "probes": sections.probes(study, made["probes"]),
         "training": loss_health.with_health(curves.by_step(study, frame), study),
         "matched": sections.matched(study, made.get("matched")),
+        "dynamics": movement.during_training(study, moved, made.get("dynamics")),
         "degradation": sections.degradation(study, made["degradation"]),
         "seeds": sections.seeds(study, made["seeds"]),
         "correlation": curves.correlation(study, made["correlation"]),
