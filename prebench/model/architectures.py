@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prebench.errors import ModelError
-from prebench.model.visual_states import num_layers
+from prebench.model.visual_states import num_layers, visual_mask
 
 ImageAttention = Literal["causal", "image", "prompt"]
 
@@ -34,6 +34,8 @@ STRETCHED = ("llava_next", "llava_onevision", "idefics3", "smolvlm")
 """Architectures that stretch an image to the view of the whole, though their processor also crops or pads (tiles)."""
 WHOLE_VIEW_LAST = ("internvl", "idefics3", "smolvlm")
 """Architectures that put an image's tiles before the view of the whole image; the others put them behind it."""
+ONE_SIZE = ("gemma3", "llava", "paligemma")
+"""Architectures in which every image has the same number of tokens; in the others text stands between images."""
 PROJECTORS = ("multi_modal_projector", "connector", "visual.merger")
 """Where the module stands, in `base_model`, that turns the vision encoder's output into visual tokens."""
 
@@ -201,6 +203,42 @@ def projector(model: Any) -> nn.Module:
         f"{type(model).__name__}: no projector found at base_model.{', .'.join(PROJECTORS)}; probes read the vision "
         "encoder's output there: add its place to PROJECTORS in prebench/model/architectures.py"
     )
+
+
+def encoder_width(model: Any) -> int:
+    """Return D_v, the width of the vision encoder's output in front of the projector."""
+    vision = model.config.vision_config
+    layers = getattr(model.config, "vision_feature_layer", None)
+    stacked = len(layers) if isinstance(layers, list | tuple) else 1
+    own = vision.embed_dim if model.config.model_type == "qwen2_vl" else vision.hidden_size
+    return int(own) * stacked
+
+
+def image_of_placeholder(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Return which image each position that image features fill belongs to, [P], 0..I-1 in the order of the prompts.
+
+    An image is a run of such positions. A model whose images are all of one size may have several in a run; their
+    number is that of `pixel_values`, or of the projected images in `mm_encoder_outputs`. Idefics3 and SmolVLM put text
+    between the tiles of an image: there each tile counts as one.
+
+    Args:
+        model: a multimodal model of transformers (unwrapped).
+        inputs: the keyword arguments of its forward pass, `input_ids` [B, T] among them.
+
+    Raises:
+        ModelError: the positions of a model with images of one size can't be shared out among its images.
+    """
+    placeholders_BT = visual_mask(model, inputs["input_ids"])
+    if model.config.model_type not in ONE_SIZE or not placeholders_BT.any():
+        before_BT = torch.nn.functional.pad(placeholders_BT[:, :-1], (1, 0))
+        starts_BT = placeholders_BT & ~before_BT
+        return starts_BT.flatten().cumsum(0).reshape(starts_BT.shape)[placeholders_BT] - 1
+    projected = inputs.get("mm_encoder_outputs")
+    images = projected["image"].pooler_output if projected else inputs.get("pixel_values")
+    count, total = 0 if images is None else len(images), int(placeholders_BT.sum())
+    if not count or total % count:
+        raise ModelError(f"{type(model).__name__}: {total} positions for image features and {count} images")
+    return torch.arange(total, device=placeholders_BT.device) // (total // count)
 
 
 def merge_patches(model: Any, patches: Tensor, size: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from prebench.data.collator import Batch
@@ -65,5 +67,6 @@ def gradients(term: Objective) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in term.named_parameters() if p.grad is not None}
 
 
+@cache
 def _image_token() -> int:
     return int(train_tokenizer(WORDS * 20, vocab_size=320).convert_tokens_to_ids("<image>"))
