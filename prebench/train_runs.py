@@ -102,23 +102,29 @@ def load_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
         data = open_data(config.preset.data, processor, folder / CACHE, lambda _path, done, total: report(done, total))
     if isinstance(data, ConversationData) and (left_out := data.write_quarantine(folder / QUARANTINE)):
         say(f"data: {left_out} examples are left out; {folder / QUARANTINE} lists them with their reasons")
-    features = _features(folder, config, processor, data)
-    return TrainingInputs(data, processor, features, _external_features(folder, config, data))
+    features, validation = _features(folder, config, processor, data)
+    return TrainingInputs(data, processor, features, _external_features(folder, config, data), validation)
 
 
-def _features(folder: Path, config: StudyConfig, processor: Any, data: Any) -> Any:
+def _features(folder: Path, config: StudyConfig, processor: Any, data: Any) -> tuple[Any, Any]:
+    """Return the frozen tower's features of the training and of the validation pictures; None: each run computes."""
     from prebench.model.builder import build_model
-    from prebench.train.features import cached_features
+    from prebench.train.features import cached_features, validation_features
 
     stages = (config.preset.train.align, config.preset.train.instruct)
     frozen = any(stage.steps > 0 and "vision_tower" not in stage.trainable for stage in stages)
     # A tower from scratch differs from seed to seed, so its outputs can't be shared.
     shared = config.preset.model.vision_tower.pretrained is not None
     if not (config.preset.train.cache_vision_features and frozen and shared):
-        return None
+        return None, None
+    recipe = config.preset.train
     model = build_model(config.preset.model, processor.tokenizer, seed=config.seeds[0])
     with _progress("vision features") as report:
-        return cached_features(folder / CACHE, model, processor, data, report)
+        features = cached_features(folder / CACHE, model, processor, data, report)
+    if not recipe.validate_every:
+        return features, None
+    with _progress("vision features for validation") as report:
+        return features, validation_features(folder / CACHE, model, processor, data, recipe.validation_images, report)
 
 
 def _external_features(folder: Path, config: StudyConfig, data: Any) -> dict[str, Any]:

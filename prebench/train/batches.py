@@ -27,6 +27,8 @@ class TrainingInputs:
     """The frozen tower's outputs; None computes them in every step."""
     external: Mapping[str, FeatureCache] = field(default_factory=dict)
     """Features of external anchors, by `anchor_model`."""
+    validation: FeatureCache | None = None
+    """The frozen tower's outputs for the pictures of the learning curves; None computes them in every run."""
 
 
 class MicroBatches(Dataset[Batch]):

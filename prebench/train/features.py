@@ -72,12 +72,40 @@ def cached_features(
         data: the training images.
         progress: called with images done and in all.
     """
+    key = content_hash({"tower": tower_hash(model), "data": data.fingerprint()})
+    return _cached(folder, f"vision-features-{key}", _encode(model, processor), data.image_ids, data.image, progress)
 
+
+def validation_features(
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    processor: Any,
+    data: TrainingData,
+    num_images: int,
+    progress: Progress = lambda done, total: None,
+) -> FeatureCache:
+    """Read the frozen tower's features of the pictures that the learning curves ask about, or compute and store them.
+
+    Args:
+        folder: the study's cache folder.
+        model: any model of the study.
+        processor: the study's processor.
+        data: whose validation splits.
+        num_images: pictures of each source.
+        progress: called with images done and in all.
+    """
+    pictures = {question.image_id: question.image for question in data.validation(num_images)}
+    key = content_hash({"tower": tower_hash(model), "data": data.fingerprint(), "validation_images": num_images})
+    encode = _encode(model, processor)
+    return _cached(folder, f"validation-features-{key}", encode, list(pictures), pictures.__getitem__, progress)
+
+
+def _encode(model: LlavaForConditionalGeneration, processor: Any) -> Callable[[list[Image.Image]], Tensor]:
     def features(images: list[Image.Image]) -> Tensor:
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return vision_features(model, pixels)
 
-    return _cached(folder, "vision", tower_hash(model), features, data, progress)
+    return features
 
 
 def external_features(
@@ -95,32 +123,33 @@ def external_features(
     Raises:
         ModelError: the model's output is no grid of patches.
     """
-    key = content_hash({"model": model.hash, "side": side})
-    return _cached(folder, "anchor", key, lambda images: model.features(images, side), data, progress)
+    settings = content_hash({"model": model.hash, "side": side})
+    key = content_hash({"tower": settings, "data": data.fingerprint()})
+    name = f"anchor-features-{key}"
+    return _cached(folder, name, lambda images: model.features(images, side), data.image_ids, data.image, progress)
 
 
 def _cached(
     folder: Path,
     name: str,
-    model_hash: str,
     features: Callable[[list[Image.Image]], Tensor],
-    data: TrainingData,
+    ids: Sequence[str],
+    image: Callable[[str], Image.Image],
     progress: Progress,
 ) -> FeatureCache:
-    key = content_hash({"tower": model_hash, "data": data.fingerprint()})
-    path = folder / f"{name}-features-{key}.safetensors"
+    path = folder / f"{name}.safetensors"
     stored = _read(path)
     if stored is None:
-        ids, rows = data.image_ids, []
+        rows = []
         for first in range(0, len(ids), BATCH_SIZE):
-            rows.append(features([data.image(i) for i in ids[first : first + BATCH_SIZE]]))
+            rows.append(features([image(i) for i in ids[first : first + BATCH_SIZE]]))
             progress(min(first + BATCH_SIZE, len(ids)), len(ids))
         stored = torch.cat(rows)
         write_bytes(path, save({"features": stored}))
         log = folder / COMPUTED
         before = list(read_jsonl(log)) if log.is_file() else []
         write_jsonl(log, [*before, {"file": path.name, "images": len(ids)}])
-    return FeatureCache(data.image_ids, stored)
+    return FeatureCache(ids, stored)
 
 
 def _read(path: Path) -> Tensor | None:

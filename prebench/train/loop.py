@@ -110,7 +110,7 @@ def _train_stages(shared: Shared, inputs: TrainingInputs, found: Checkpoint | No
         if stage.steps > 0:
             if "vision_tower" in stage.trainable:
                 # From here on the tower is no longer the one whose features were cached.
-                inputs = dataclasses.replace(inputs, features=None)
+                inputs = dataclasses.replace(inputs, features=None, validation=None)
             if found is None or found.state["stage"] == name:
                 Stage(shared, name, steps_before, inputs, found).run()
                 found = None

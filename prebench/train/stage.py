@@ -125,7 +125,7 @@ class Stage:
         if shared.config.validate_every and shared.accelerator.is_main_process:
             questions = inputs.data.validation(shared.config.validation_images)
             frozen = "vision_tower" not in self.config.trainable
-            self._validation = Validation(questions, inputs.processor, frozen=frozen)
+            self._validation = Validation(questions, inputs.processor, frozen, inputs.validation)
 
     def run(self) -> None:
         """Train to the stage's end.

@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from prebench.data.collator import answered_right, encode_example, pad, target_logits
 from prebench.data.examples import ValidationQuestion, conversation
 from prebench.model.builder import encoded_images, vision_features
+from prebench.train.features import FeatureCache
 
 BATCH_SIZE = 128
 
@@ -29,15 +30,26 @@ class Validation:
         questions: what is asked; their pictures are encoded once.
         processor: the study's processor.
         frozen: whether the vision tower stays as it is; the pictures are then encoded once.
+        features: the frozen tower's outputs, where the study keeps them.
     """
 
-    def __init__(self, questions: Sequence[ValidationQuestion], processor: Any, frozen: bool) -> None:
+    def __init__(
+        self,
+        questions: Sequence[ValidationQuestion],
+        processor: Any,
+        frozen: bool,
+        features: FeatureCache | None = None,
+    ) -> None:
         images = list(dict.fromkeys(q.image_id for q in questions))
-        pictures = {q.image_id: q.image for q in questions}
-        self._pixels = processor.image_processor([pictures[i] for i in images], return_tensors="pt")["pixel_values"]
         self._frozen = frozen
         self._features: Tensor | None = None
-        num_tokens = (self._pixels.shape[-1] // processor.patch_size) ** 2
+        if frozen and features is not None:
+            self._features = features.get(images)
+            num_tokens = self._features.shape[1]
+        else:
+            pictures = {q.image_id: q.image for q in questions}
+            self._pixels = processor.image_processor([pictures[i] for i in images], return_tensors="pt")["pixel_values"]
+            num_tokens = (self._pixels.shape[-1] // processor.patch_size) ** 2
         encoded = []
         for question in questions:
             messages = conversation([(question.text, question.answer)])
@@ -58,6 +70,7 @@ class Validation:
         if self._features is None or not self._frozen:
             parts = (pixels.to(model.device) for pixels in self._pixels.split(BATCH_SIZE))
             self._features = torch.cat([vision_features(model, pixels) for pixels in parts])
+        self._features = self._features.to(model.device)
         total = torch.zeros((), dtype=torch.float64)
         targets = 0
         right: defaultdict[str, list[bool]] = defaultdict(list)

@@ -7,6 +7,8 @@ import torch
 
 from prebench.data.examples import conversation
 from prebench.schema import PredictiveConfig
+from prebench.store import read_jsonl
+from prebench.train.features import COMPUTED, validation_features
 from prebench.train.validation import Validation
 
 PRE = PredictiveConfig(weight=0.5)
@@ -52,3 +54,19 @@ def test_the_tower_is_read_again_where_it_learns(run_training, inputs):
     moving = Validation(questions, inputs.processor, frozen=False)
     moving(first)
     assert moving(second) == Validation(questions, inputs.processor, frozen=True)(second)
+
+
+def test_features_of_the_study_take_the_place_of_the_tower(run_training, inputs, tmp_path, monkeypatch):
+    model, _ = run_training(None)
+    questions = inputs.data.validation(3)
+    expected = Validation(questions, inputs.processor, frozen=True)(model)
+    found = validation_features(tmp_path, model, inputs.processor, inputs.data, 3)
+    assert [line["images"] for line in read_jsonl(tmp_path / COMPUTED)] == [6]
+    monkeypatch.setattr(model.model.vision_tower, "forward", None)  # whoever asks the tower again fails
+    again = validation_features(tmp_path, model, inputs.processor, inputs.data, 3)
+    assert [line["images"] for line in read_jsonl(tmp_path / COMPUTED)] == [6]
+    for features in (found, again):
+        value = Validation(questions, inputs.processor, frozen=True, features=features)(model)
+        assert value["accuracy"] == expected["accuracy"] and value["lm_loss"] == pytest.approx(expected["lm_loss"])
+    with pytest.raises(TypeError):
+        Validation(questions, inputs.processor, frozen=False, features=found)(model)
