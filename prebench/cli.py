@@ -10,7 +10,15 @@ import click
 
 from prebench import __version__
 from prebench.cli_analysis import compare, plan
-from prebench.cli_options import chosen_study, jobs_option, mirror_option, results_option, study_option, width
+from prebench.cli_options import (
+    chosen_study,
+    jobs_option,
+    mirror_option,
+    results_option,
+    study_option,
+    tracker_option,
+    width,
+)
 from prebench.cli_probe import probe
 from prebench.cli_tools import doctor, pretrain
 from prebench.cli_tools import mirror as mirror_command
@@ -88,6 +96,7 @@ def main() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one field of the preset.")
 @mirror_option
 @jobs_option
+@tracker_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 def run(results: Path, dry_run: bool, jobs: int | None, mirror: Path | None, **request: Any) -> None:
     """Train, evaluate, probe and tabulate a study; go on where it stopped.
@@ -179,6 +188,7 @@ def _echo_summary(folder: Path, paths: Sequence[Path]) -> None:
 @study_option
 @results_option
 @jobs_option
+@tracker_option
 def train(study: str | None, results: Path, jobs: int | None) -> None:
     """Train and export the study's missing runs, and nothing else."""
     from prebench import pipeline

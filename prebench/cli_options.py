@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,23 @@ def mirror_option(function: Callable[..., Any]) -> Callable[..., Any]:
         "--mirror",
         type=click.Path(path_type=Path),
         help="Folder that `prebench mirror` filled with real benchmarks; PREBENCH_MIRROR by default. Works offline.",
+    )(function)
+
+
+def tracker_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --tracker: workers read the choice from the environment, so that it is part of no configuration."""
+
+    def remember(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> None:
+        if value:
+            os.environ["PREBENCH_TRACKER"] = ",".join(value)
+
+    return click.option(
+        "--tracker",
+        multiple=True,
+        type=click.Choice(["tensorboard", "wandb", "trackio"]),
+        expose_value=False,
+        callback=remember,
+        help="Also show training curves there (wandb: offline unless WANDB_MODE is set); PREBENCH_TRACKER by default.",
     )(function)
 
 

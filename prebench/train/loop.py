@@ -27,6 +27,7 @@ from prebench.train.regularizers.base import Regularizer
 from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer
 from prebench.train.stage import Shared, Stage
+from prebench.train.trackers import tracked
 
 STAGES = ("align", "instruct")
 
@@ -97,8 +98,9 @@ def train(
     found = None if checkpoints is None else _open(checkpoints)
     if found is not None:
         shared.trained.update(found.tensors["weights"])
-    with execution(model, config):
-        _train_stages(shared, inputs, found)
+    folder = None if checkpoints is None else checkpoints.folder.parent
+    with execution(model, config), tracked(log, folder, config) as tracked_log:
+        _train_stages(dataclasses.replace(shared, log=tracked_log), inputs, found)
     model.to("cpu")
     model.eval()
 
