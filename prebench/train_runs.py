@@ -37,7 +37,9 @@ def train_runs(folder: Path, config: StudyConfig, todo: Sequence[Run], jobs: int
         jobs: runs side by side; None chooses by cores and memory.
     """
     from prebench.runtime import choose_device, num_processes
+    from prebench.train.trackers import chosen_trackers
 
+    chosen_trackers()  # a missing package is named before anything is computed
     recipe = config.preset.train
     if num_processes() > 1:
         _train_together(folder, config, todo)
@@ -90,12 +92,12 @@ def load_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
     """Return what all runs of a study share, and set this process up for training."""
     from prebench.data.conversations import QUARANTINE, ConversationData, open_data
     from prebench.data.visual_tokens import pad_to_square
-    from prebench.model.builder import build_processor, build_tokenizer
+    from prebench.model.builder import model_processor
     from prebench.runtime import prepare_cpu
     from prebench.train.loop import TrainingInputs
 
     prepare_cpu(config.preset.train.cpu_threads)
-    processor = build_processor(config.preset.model.vision_tower, build_tokenizer())
+    processor = model_processor(config.preset.model)
     if config.preset.data.pad_to_square:
         pad_to_square(processor)
     with _progress("examples looked at", "example") as report:

@@ -12,20 +12,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from prebench.data.scenes import generate_scene, render
 from prebench.errors import ModelError, StoreError
+from prebench.model.published import load_language_model, published_processor, read_config
+from prebench.model.sources import known_file_hash, require_safetensors, source_folder
 from prebench.model.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN
 from prebench.records import content_hash
 from prebench.runtime import derive_seed, file_hash
@@ -36,6 +42,7 @@ PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 MANIFEST = "manifest.json"
 PRETRAIN_COMMAND = "prebench pretrain"
 NUM_START_IMAGES = 128
+TOWERS: dict[str, Any] = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
 WHITENING_FLOOR = 0.05
 """Added to the eigenvalues, in units of their mean, so that noise is not blown up."""
 
@@ -46,23 +53,25 @@ def parts_hash(config: ModelConfig) -> str:
     Raises:
         ModelError: a part's folder is missing, or a part is damaged.
     """
-    folders = [PRETRAINED / "tokenizer"]
-    check_part(folders[0])
+    folders = [] if config.language_model.has_own_tokenizer else [PRETRAINED / "tokenizer"]
+    for folder in folders:
+        check_part(folder)
     for part in ("vision_tower", "language_model"):
-        pretrained = getattr(config, part).pretrained
-        if pretrained is not None:
-            folders.append(part_folder(part, pretrained))
-    files = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors")]
-    return content_hash([[path.name, file_hash(path)] for path in files])
+        block = getattr(config, part)
+        if block.pretrained is not None:
+            folders.append(part_folder(part, block.pretrained, block.revision))
+    kinds = (".json", ".safetensors", ".model", ".txt")
+    files = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in kinds]
+    return content_hash([[path.name, known_file_hash(path)] for path in files])
 
 
-def part_folder(part: str, pretrained: str) -> Path:
+def part_folder(part: str, pretrained: str, revision: str | None = None) -> Path:
     """Return the folder of a pretrained part, `vision_tower` or `language_model`.
 
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    folder = PRETRAINED / part if pretrained == "embedded" else Path(pretrained)
+    folder = PRETRAINED / part if pretrained == "embedded" else source_folder(pretrained, revision)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no {part.replace('_', ' ')} here; `prebench pretrain` makes the embedded one")
     check_part(folder)
@@ -108,6 +117,22 @@ def build_tokenizer(folder: Path = PRETRAINED / "tokenizer") -> PreTrainedTokeni
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+def model_processor(config: ModelConfig) -> LlavaProcessor:
+    """Return the processor of a preset's model: the shipped tokenizer, or that of a published language model.
+
+    Raises:
+        ModelError: its files are missing or damaged, or differ from the preset.
+    """
+    tower, language = config.vision_tower, config.language_model
+    if not language.has_own_tokenizer:
+        return build_processor(tower, build_tokenizer())
+    assert language.pretrained is not None, "the schema asks for it"
+    published = tower.pretrained not in (None, "embedded")
+    files = part_folder("vision_tower", str(tower.pretrained), tower.revision) if published else None
+    folder = part_folder("language_model", language.pretrained, language.revision)
+    return published_processor(folder, language, tower, files)
+
+
 def build_processor(config: VisionTowerConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Return the processor: SigLIP's normalisation at the tower's size, and the chat template."""
     image_processor = SiglipImageProcessor(
@@ -127,8 +152,17 @@ def build_processor(config: VisionTowerConfig, tokenizer: PreTrainedTokenizerFas
     )
 
 
-def vision_config(config: VisionTowerConfig) -> SiglipVisionConfig:
-    """Return the SigLIP-type tower's configuration (no pooling head: LLaVA reads patch tokens)."""
+def vision_config(config: VisionTowerConfig) -> PreTrainedConfig:
+    """Return the tower's configuration: CLIP's, or SigLIP's without its pooling head (LLaVA reads patch tokens)."""
+    if config.architecture == "clip":
+        return CLIPVisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+        )
     return SiglipVisionConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -170,16 +204,9 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
     Raises:
         ModelError: a pretrained part is missing or damaged, or has another shape than the config.
     """
-    llava_config = LlavaConfig(
-        vision_config=vision_config(config.vision_tower),
-        text_config=text_config(config.language_model, tokenizer),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=(config.vision_tower.image_size // config.vision_tower.patch_size) ** 2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=False,
-        **_special_token_ids(tokenizer),
-    )
+    if config.language_model.has_own_tokenizer:
+        return _assemble(config, tokenizer, seed)
+    llava_config = _llava_config(config, text_config(config.language_model, tokenizer), tokenizer)
     generator = torch.Generator().manual_seed(derive_seed("model", seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("model", seed))
@@ -187,21 +214,60 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
     embeddings: Any = model.get_input_embeddings()
     embeddings.weight.data.normal_(0.0, config.language_model.embedding_std, generator=generator)
     for part in ("vision_tower", "language_model"):
-        pretrained = getattr(config, part).pretrained
-        if pretrained is not None:
-            _load_part(model, part, pretrained)
+        block = getattr(config, part)
+        if block.pretrained is not None:
+            _load_part(model, part, block)
     _start_projector(model, config, generator)
     model.generation_config.update(**_special_token_ids(tokenizer))
     return model.float()
 
 
-def _load_part(model: LlavaForConditionalGeneration, part: str, pretrained: str) -> None:
+def _llava_config(config: ModelConfig, text: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    tower = config.vision_tower
+    return LlavaConfig(
+        vision_config=vision_config(tower),
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=tower.num_tokens,
+        vision_feature_layer=tower.feature_layer,
+        vision_feature_select_strategy="default" if tower.architecture == "clip" else "full",
+        tie_word_embeddings=config.language_model.tie_word_embeddings,
+        **_special_token_ids(tokenizer),
+    )
+
+
+def _assemble(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """Put published parts together, each in memory once: only the projector, and a tower without files, are drawn."""
+    block = config.language_model
+    assert block.pretrained is not None, "the schema asks for it"
+    folder = part_folder("language_model", block.pretrained, block.revision)
+    read_config(folder, block)  # a wrong folder is named before gigabytes are read
+    language = load_language_model(folder, block, tokenizer)
+    llava_config = _llava_config(config, language.config, tokenizer)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(llava_config)
+    inner: Any = model.model
+    generator = torch.Generator().manual_seed(derive_seed("model", seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("model", seed))
+        inner.vision_tower = TOWERS[config.vision_tower.architecture](llava_config.vision_config)
+        inner.multi_modal_projector = LlavaMultiModalProjector(llava_config)
+    inner.language_model, model.lm_head = language.model, language.lm_head
+    if config.vision_tower.pretrained is not None:
+        _load_part(model, "vision_tower", config.vision_tower)
+    _start_projector(model, config, generator)
+    model.generation_config.update(**_special_token_ids(tokenizer))
+    return model.float()
+
+
+def _load_part(model: LlavaForConditionalGeneration, part: str, block: VisionTowerConfig | LanguageModelConfig) -> None:
     """Copy a pretrained part's weights into the model.
 
     Raises:
         ModelError: the folder is missing or damaged, or its shapes or settings differ from the config's.
     """
-    folder = part_folder(part, pretrained)
+    assert block.pretrained is not None
+    folder = part_folder(part, block.pretrained, block.revision)
     tower = part == "vision_tower"
     expected: Any = model.config.vision_config if tower else model.config.text_config
     settings: tuple[str, ...] = ("hidden_act", "layer_norm_eps", "num_attention_heads")
@@ -209,14 +275,19 @@ def _load_part(model: LlavaForConditionalGeneration, part: str, pretrained: str)
         settings = ("hidden_act", "rms_norm_eps", "num_attention_heads", "num_key_value_heads", "rope_parameters")
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if tower:
+            found = getattr(found, "vision_config", found)  # CLIP and SigLIP are published with their text towers
         if found.model_type != expected.model_type:
             raise ModelError(f"{folder}: a {found.model_type} model; prebench builds {expected.model_type} here")
         for name in settings:
             if getattr(found, name) != getattr(expected, name):
                 values = f"{name} is {getattr(found, name)}, model.{part} has {getattr(expected, name)}"
                 raise ModelError(f"{folder}/config.json: {values}")
-        kind = SiglipVisionModel if tower else LlamaForCausalLM
-        loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        require_safetensors(folder)
+        kind = TOWERS[block.architecture] if tower else LlamaForCausalLM
+        if tower and block.architecture == "siglip":
+            found.vision_use_head = False
+        loaded: Any = kind.from_pretrained(folder, config=found, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: the {part.replace('_', ' ')} can't be read ({str(error).splitlines()[0]})"
@@ -241,6 +312,8 @@ def _start_projector(model: LlavaForConditionalGeneration, config: ModelConfig, 
     start passes these proportions on, and a small LM then learns what is small last, or never (docs/experiments.md).
     """
     projector: Any = model.model.multi_modal_projector
+    if config.projector_std is None:
+        return
     features = vision_features(model, _start_images(config.vision_tower.image_size)).flatten(0, 1)
     mean = features.mean(0)
     centred = features - mean

