@@ -70,6 +70,7 @@ class PredictiveTrainerMixin(_Trainer):
             if not path.is_file():
                 raise StoreError(f"{path}: missing: this checkpoint was made without PredictiveTrainerMixin")
             self.regularizer.load_state_dict(load_file(path))
+            _restore_weights(self.model, Path(folder))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -116,6 +117,19 @@ class PredictiveTrainerMixin(_Trainer):
 
     def _save_predictor(self, folder: Path) -> None:
         write_bytes(folder / PREDICTOR_FILE, save(self.regularizer.state_dict()))
+
+
+def _restore_weights(model: Any, folder: Path) -> None:
+    """Put a checkpoint's weights into the model.
+
+    Saved under their published names, many multimodal models' weights are not found by transformers' trainer (5.23),
+    which then goes on with those of the model's start and a warning (huggingface/transformers issue 43701).
+    """
+    published = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    if not published or hasattr(model, "peft_config"):
+        return  # adapters and sharded checkpoints keep the names of the model
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
 
 
 class _Predictor(TrainerCallback):
