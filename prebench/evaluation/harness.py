@@ -83,10 +83,26 @@ class LoadedTask:
         self.known = _known(Path(source.dataset_path) / documents_file(self.name), len(self.documents))
 
     def instances(self) -> dict[int, Instance]:
-        """Return fresh requests by document id."""
+        """Return fresh requests by document id.
+
+        lmms-eval asks for every document's text here, and one that has none would end the evaluation; the text that is
+        asked comes from `doc_to_messages`, later, where the document fails alone.
+        """
         if self.task.config.num_fewshot is None:
             self.task.set_config(key="num_fewshot", value=0)
-        self.task.build_all_requests()
+        context = self.task.fewshot_context
+
+        def context_or_none(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return context(*args, **kwargs)
+            except DOCUMENT_ERRORS:
+                return ""
+
+        self.task.fewshot_context = context_or_none
+        try:
+            self.task.build_all_requests()
+        finally:
+            self.task.fewshot_context = context
         return {instance.doc_id: instance for instance in self.task.instances}
 
     def results(self, instances: Mapping[int, Instance], texts: Mapping[int, str]) -> dict[int, dict[str, Any] | str]:

@@ -159,6 +159,28 @@ def test_samples_carry_type_and_blind_score_of_their_document(load, mirror, tmp_
 
 
 @pytest.mark.slow
+def test_a_question_that_the_task_cannot_put_fails_alone(load, tiny_export, tmp_path, monkeypatch) -> None:
+    from prebench.evaluation.engine import Engine
+    from prebench.evaluation.harness import evaluate_task
+
+    loaded = load("gqa")
+    put = loaded.task.doc_to_text
+
+    def broken(document: dict) -> str:
+        return document["no such field"] if document["id"] == loaded.bare[3]["id"] else put(document)
+
+    monkeypatch.setattr(loaded.task, "doc_to_text", broken)
+    run = RunRequest(variant="pre", seed=0, model_dir=tiny_export, run_dir=tmp_path / "pre-s0")
+    request = EvaluationRequest(runs=(run,), tasks=(CONFIGS["gqa"],), max_error_share=1.0)
+    engine = Engine(tiny_export, device="cpu", dtype="float32")
+    record = evaluate_task(engine, loaded, run, CONFIGS["gqa"], request, {}, lambda *_: None)
+    assert record.n == len(loaded.bare) and record.n_errors == 1
+    samples = [SampleRecord(**v) for v in read_jsonl(run.run_dir / "eval" / "gqa.samples.jsonl")]
+    (failed,) = [sample for sample in samples if sample.error]
+    assert failed.doc_id == 3 and "no such field" in str(failed.error)
+
+
+@pytest.mark.slow
 def test_a_data_set_without_the_file_has_the_defaults(load, mirror, tmp_path) -> None:
     from prebench.evaluation.harness import LoadedTask
 
