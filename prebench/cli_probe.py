@@ -14,8 +14,6 @@ from prebench.cli_options import chosen_study, jobs_option, mirror_option, resul
 from prebench.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from prebench.probe.data import ProbeData
     from prebench.probe.models import Outline
 
@@ -41,6 +39,10 @@ def _ids(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int,
 @click.option("--image-column", default="image", show_default=True, help="Of the data set.")
 @click.option("--label-columns", callback=_names, help="What to decode, separated by commas; label by default.")
 @click.option("--mask-column", help="Object ids per pixel, 0 = background; mask by default.")
+@click.option(
+    "--category-column",
+    help="Per image the categories of mask ids 1, 2, ...: a list of texts; object_categories by default.",
+)
 @click.option("--subset-column", help="train, val or test; subset by default, else the data set's splits decide.")
 @click.option("--ignore-ids", default="", callback=_ids, help="Mask ids that are no object, such as 255.")
 @click.option(
@@ -128,6 +130,7 @@ class _Request:
     image_column: str
     label_columns: tuple[str, ...] | None
     mask_column: str | None
+    category_column: str | None
     subset_column: str | None
     ignore_ids: tuple[int, ...]
     output: Path | None
@@ -189,7 +192,12 @@ def _data(request: _Request, cache: Path) -> ProbeData:
     if request.data == SCENES:
         return _scenes(request.suite)
     columns = Columns(
-        request.image_column, request.label_columns, request.mask_column, request.subset_column, request.ignore_ids
+        request.image_column,
+        request.label_columns,
+        request.mask_column,
+        request.subset_column,
+        request.ignore_ids,
+        request.category_column,
     )
     return open_data(Path(request.data).expanduser(), columns, cache)
 
@@ -214,6 +222,7 @@ def _scenes(suite: str) -> ProbeData:
         subsets=scenes.subsets,
         attributes=config.attributes,
         has_masks=True,
+        categories=scenes.categories,
         digest=content_hash([config.model_dump(mode="json"), loaded.mirror_seed]),
     )
 
@@ -236,11 +245,13 @@ def _echo_plan(request: _Request, found: Outline, data: ProbeData, place: str) -
 
 
 def _carry_out(request: _Request, device: Any, dtype: Any, data: ProbeData, hashes: dict[str, str]) -> None:
+    import pandas as pd
+
     from prebench.analysis import probe_summary
     from prebench.probe.files import write_maps, write_rows
     from prebench.probe.models import load
     from prebench.probe.standalone import Settings, probe_model
-    from prebench.records import MAPS_FILE, PROBE_FILE
+    from prebench.records import MAPS_FILE, PROBE_FILE, to_dict
     from prebench.runtime import prepare_cpu, versions
     from prebench.store import write_json
 
@@ -248,7 +259,7 @@ def _carry_out(request: _Request, device: Any, dtype: Any, data: ProbeData, hash
     model, processor = load(request.model_dir, device, dtype)
     settings = Settings(request.batch_size, request.random_weights, request.seed)
     rows, maps = probe_model(model, processor, data, settings)
-    frame = _with_intervals(rows)
+    frame = pd.DataFrame([to_dict(row) for row in rows])
     folder = request.folder
     title = f"{request.model_or_run.resolve().name}: probes by layer"
     about: dict[str, Any] = {
@@ -268,17 +279,3 @@ def _carry_out(request: _Request, device: Any, dtype: Any, data: ProbeData, hash
     click.echo("written:")
     for path in (folder / PROBE_FILE, folder / "summary.csv", *figures, folder / MAPS_FILE, folder / "probe.json"):
         click.echo(f"  {path}")
-
-
-def _with_intervals(rows: Any) -> pd.DataFrame:
-    """Return the rows with low and high ends of the accuracies' Wilson intervals; NaN elsewhere."""
-    import math
-
-    import pandas as pd
-
-    from prebench.probe.summary import accuracy_interval
-    from prebench.records import to_dict
-
-    ends = [accuracy_interval(r) if r.level == "global" else (math.nan, math.nan) for r in rows]
-    frame = pd.DataFrame([to_dict(row) for row in rows])
-    return frame.assign(low=[low for low, _ in ends], high=[high for _, high in ends])

@@ -157,16 +157,21 @@ class ProbeRow:
     num_layers: int
     """Decoder layers L of the model, so that depth = layer / L."""
     level: str
-    """"global" (pooled tokens), "patch" (token structure), "statistics", "similarity", "lm_head" or "model"."""
+    """"global" (pooled tokens), "patch" (token structure by image), "object" (by object), "category" (by objects of
+    one category), "statistics", "similarity", "lm_head" or "model"."""
     attribute: str
-    """What is decoded ("background", "shape", ...), at level "lm_head" a token's text; "" where nothing is."""
+    """What is decoded ("background", "shape", ...), a category, at level "lm_head" a token's text; "" elsewhere."""
     kind: str
     """"asked", "unasked", "rare" or "" (which texts mention the attribute)."""
     metric: str
     """"accuracy", "cohesion", "coupling", "contrast_ratio", "centred_difference", "auc", ... (docs/probes.md)."""
     value: float
     n: int
-    """Test images (global), images with a defined value (patch), decoded tokens (lm_head), or all images."""
+    """Test images (global), images with a defined value (patch), objects with one (object, category), decoded tokens
+    (lm_head), or all images."""
+    low: float | None = None
+    """Ends of the 95% Wilson interval of a level "global" accuracy over images like the test images; None elsewhere."""
+    high: float | None = None
 
 
 @dataclass(frozen=True)

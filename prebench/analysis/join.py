@@ -25,7 +25,7 @@ SCORE_COLUMNS = (
     "variant", "seed", "task", "label", "data_source", "metric", "primary", "value", "n", "n_errors",
     "majority", "blind", "weights_hash", "data_hash",
 )  # fmt: skip
-_PROBE_COLUMNS = tuple(f.name for f in dataclasses.fields(ProbeRow))
+_PROBE_COLUMNS = {f.name: f.default for f in dataclasses.fields(ProbeRow)}
 _SAMPLE_COLUMNS = ("image_id", "prompt_hash", "image_hash", "score", "question_type", "blind_score")
 
 
@@ -177,7 +177,7 @@ def load_study(folder: Path) -> Study:
 
 
 def load_run(run: Path, config: StudyConfig, variant: VariantConfig, seed: int) -> Run | None:
-    """Return the results in a folder of a run, or of a snapshot; None where there are none."""
+    """Return the results of a run, or of a snapshot; None where there are none."""
     paths = (run / "eval" / f"{task.task}.json" for task in config.suite.tasks)
     records = [read_record(path, TaskRecord) for path in paths if path.is_file()]
     probe = run / PROBE_FILE
@@ -270,9 +270,9 @@ def _read_probe(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: can't be read as Parquet ({error}); delete it to probe the run again") from error
     missing = [name for name in _PROBE_COLUMNS if name not in frame.columns]
-    if missing:
+    if any(_PROBE_COLUMNS[name] is dataclasses.MISSING for name in missing):
         raise StoreError(f"{path}: the column {missing[0]!r} is missing; delete it to probe the run again")
-    return frame
+    return frame.assign(**dict.fromkeys(missing, np.nan))  # a file of an older version
 
 
 def scores_frame(study: Study) -> pd.DataFrame:

@@ -23,6 +23,8 @@ class ProbeScenes:
     """[n] integers per attribute of the configuration."""
     subsets: np.ndarray
     """[n] of "train", "val", "test"."""
+    categories: list[list[str]]
+    """Per scene the shape of each object, in the order of the mask's ids."""
 
 
 def probe_scenes(probe: ProbeConfig, seed: int) -> ProbeScenes:
@@ -40,6 +42,7 @@ def probe_scenes(probe: ProbeConfig, seed: int) -> ProbeScenes:
         masks=_Rendered(scenes, 1),
         labels={a.name: np.array([values[a.name] for values in known]) for a in probe.attributes},
         subsets=np.repeat(["train", "val", "test"], sizes),
+        categories=[[item.shape for item in scene.objects] for scene in scenes],
     )
 
 

@@ -95,6 +95,8 @@ def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict
             raise EvaluationError(f"prebench_visual_probe: the data set has no column {attribute.name!r}")
         labels[attribute.name] = int(document[attribute.name])
     item = {"shard": shard, "row": row, "labels": labels, "subset": document["subset"]}
+    # An object's name is colour and shape; its category is the shape.
+    item["categories"] = [name.split()[-1] for name in document.get("object_names") or []]
     item |= {"num_docs": document[SIZE_COLUMN], "index": document.get(INDEX_COLUMN, 0)}
     return dict.fromkeys(("mid_depth_accuracy", "encoder_accuracy", "degradation"), item)
 
@@ -163,7 +165,8 @@ def _fit(items_json: str, _config: str) -> tuple[ProbeRow, ...]:
     features = ProbeFeatures.concatenate(parts).take(order)
     chosen, _ = attributes()
     labels = {a.name: np.array([item["labels"][a.name] for item in items]) for a in chosen}
-    rows = probe_rows(features, labels, np.array([item["subset"] for item in items]), chosen)
+    categories = [item["categories"] for item in items]
+    rows = probe_rows(features, labels, np.array([item["subset"] for item in items]), chosen, categories)
     write_json(Path(shards[0]).with_name(LAYERS_FILE), [to_dict(row) for row in rows])
     return tuple(rows)
 

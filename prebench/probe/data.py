@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class ProbeData:
     has_masks: bool
     digest: str
     """Hash of what decides the rows: files and columns."""
+    categories: Sequence[Sequence[str]] | None = None
+    """Per image the category of each object, that of mask id 1 first; None: not known."""
 
     def __len__(self) -> int:
         """Return n."""
@@ -68,6 +70,8 @@ class Columns:
     """Names train, val or test per image; by default `subset`, else the splits decide."""
     ignored: tuple[int, ...] = ()
     """Mask ids that are no object, such as 255 for "void"."""
+    categories: str | None = field(default=None, repr=False)
+    """Per image a list of its objects' categories, that of mask id 1 first; by default `object_categories`."""
 
 
 def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
@@ -88,6 +92,7 @@ def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
     where = str(path)
     mask = _column(where, dataset, columns.mask, "mask")
     subset = _column(where, dataset, columns.subset, "subset")
+    category = _column(where, dataset, columns.categories, "object_categories")
     if columns.image not in dataset.column_names:
         raise DataError(f"{where}: no column {columns.image!r}{did_you_mean(columns.image, dataset.column_names)}")
     labels = _labels(where, dataset, columns.labels)
@@ -105,7 +110,8 @@ def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
         subsets=subsets,
         attributes=tuple(Attribute(name) for name in labels),
         has_masks=mask is not None,
-        digest=content_hash([_files(path), repr(columns)]),
+        digest=content_hash([_files(path), repr(columns), *([category] if category else [])]),
+        categories=None if category is None else _categories(where, dataset, category),
     )
 
 
@@ -147,6 +153,17 @@ def _column(where: str, dataset: Any, named: str | None, usual: str) -> str | No
 def _labels(where: str, dataset: Any, named: tuple[str, ...] | None) -> dict[str, np.ndarray]:
     names = named if named is not None else tuple({"label"} & set(dataset.column_names))
     return {name: _classes(f"{where}: column {name!r}", _values(where, dataset, name)) for name in names}
+
+
+def _categories(where: str, dataset: Any, column: str) -> list[list[str]]:
+    found = _values(where, dataset, column)
+    for row, names in enumerate(found):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(
+                f"{where}: column {column!r}: row {row} is {names!r:.40}; a list of texts is expected, that of mask "
+                "id 1 first"
+            )
+    return found
 
 
 def _values(where: str, dataset: Any, name: str) -> list[Any]:

@@ -24,7 +24,7 @@ from prebench.model import architectures, visual_states
 from prebench.model.architectures import EncoderStates, View
 from prebench.probe.features import ProbeFeatures, RowFile
 from prebench.probe.lm_head import Decoder
-from prebench.probe.patch_structure import STRUCTURE_METRICS, ObjectPatches, assign_patches
+from prebench.probe.patch_structure import OBJECT_METRICS, STRUCTURE_METRICS, ObjectPatches, assign_patches
 from prebench.probe.spectrum import MomentSums
 
 PIXEL_SIDE = 16
@@ -108,6 +108,8 @@ class _Pass:
         self.decoder = Decoder(model, processor)
         self.attention = architectures.image_attention(model)
         self.rows: dict[str, RowFile] = defaultdict(RowFile)
+        self.object_ids: list[np.ndarray] = []
+        self.count = 0
         self._checked = model.config.model_type in architectures.TESTED
 
     @torch.inference_mode()
@@ -149,6 +151,8 @@ class _Pass:
             structure=rows["structure"],
             encoder_structure=rows["encoder_structure"],
             pixels=rows["pixels"],
+            objects=rows["objects"],
+            object_ids=np.concatenate(self.object_ids),
             moments=self.sums.moments(),
             encoder_moments=self.encoder_sums.moments(),
             decoded=self.decoder.result(),
@@ -246,6 +250,7 @@ class _Batch:
         self._structure: list[np.ndarray] = []
         self._groups: list[_Group] = []
         self._objects_of: dict[tuple[int, int, int], ObjectPatches] = {}
+        self._measured: list[dict[int, tuple[np.ndarray, np.ndarray]]] = []
         self._last: list[Tensor] = []
         small = [image.resize((PIXEL_SIDE, PIXEL_SIDE), Image.Resampling.BOX) for image in images]
         run.rows["pixels"].append(np.stack([np.asarray(image, dtype=np.float32).reshape(-1) / 255 for image in small]))
@@ -314,10 +319,14 @@ class _Batch:
     def _reduce(
         self, groups: Sequence[_Group], tokens_MD: Tensor, sums: MomentSums, layer: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return each image's mean token, [B, D], and patch structure, [B, K], at one layer, and add to the sums."""
+        """Return each image's mean token, [B, D], and patch structure, [B, K], at one layer.
+
+        The layer's tokens are added to the sums, and the structure of single objects is kept.
+        """
         count = len(self._masks)
         pooled = np.empty((count, tokens_MD.shape[1]), dtype=np.float32)
         structure = np.full((count, len(STRUCTURE_METRICS)), np.nan, dtype=np.float32)
+        measured: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for group in groups:
             tokens_BND = group.stack(tokens_MD)
             pooled[group.images] = tokens_BND.mean(dim=1).cpu().numpy()
@@ -325,16 +334,40 @@ class _Batch:
             for row, (number, objects) in enumerate(zip(group.images, group.objects, strict=True)):
                 if objects is not None and group.view is not None:
                     start, size = group.view.start, group.view.rows * group.view.cols
-                    structure[number] = objects.structure(tokens_BND[row, start : start + size]).numpy()
+                    whole, each = objects.measure(tokens_BND[row, start : start + size])
+                    structure[number], measured[number] = whole.numpy(), (objects.ids, each.numpy())
+        self._measured.append(measured)
         if not np.isfinite(pooled).all():
             raise ModelError(
                 "probe: the model's hidden states have NaN or infinite values; check its weights and dtype"
             )
         return pooled, structure
 
+    def _finish_objects(self) -> None:
+        """Hand on each object's structure at the encoder, which came first, and at every layer.
+
+        The encoder's grid may be another one: an object without a patch there has NaN.
+        """
+        run = self._run
+        encoder, *layers = self._measured
+        rows, ids = [np.empty((0, len(self._measured), len(OBJECT_METRICS)))], [np.empty((0, 2), dtype=np.int64)]
+        for number, (own, _) in sorted(layers[0].items()):
+            values = np.full((len(own), len(self._measured), len(OBJECT_METRICS)), np.nan)
+            known, each = encoder.get(number, (own[:0], values[:0, 0]))
+            found = np.isin(known, own)
+            values[np.searchsorted(own, known[found]), 0] = each[found]
+            for place, layer in enumerate(layers, start=1):
+                values[:, place] = layer[number][1]
+            rows.append(values)
+            ids.append(np.stack([np.full(len(own), run.count + number), own], axis=1))
+        run.rows["objects"].append(np.concatenate(rows))
+        run.object_ids.append(np.concatenate(ids))
+        run.count += len(self._masks)
+
     def finish(self) -> None:
         """Hand on what the layers gave, once the pass is over."""
         self._run.rows["pooled"].append(np.stack(self._pooled, axis=1))
         self._run.rows["structure"].append(np.stack(self._structure, axis=1))
+        self._finish_objects()
         for states in self._last:
             self._run.decoder.add(states)

@@ -38,6 +38,11 @@ class ProbeFeatures:
     """[n, K] float32: patch structure of the vision encoder's output."""
     pixels: np.ndarray | None = None
     """[n, P] float32: the image itself, scaled down (a control); None in features of an older version."""
+    objects: np.ndarray | None = None
+    """[O, L + 2, 4] float32: patch structure of each object (`OBJECT_METRICS`) at the encoder and at each layer; NaN
+    where undefined, None in features of an older version."""
+    object_ids: np.ndarray | None = None
+    """[O, 2] int64: the image's row and the object's id in its mask, in this order."""
     moments: Moments | None = None
     """Sums over tokens at each layer, and at the encoder; None in features of an older version."""
     encoder_moments: Moments | None = None
@@ -65,7 +70,7 @@ class ProbeFeatures:
         Raises:
             StoreError: the folder can't be written.
         """
-        arrays = {name: getattr(self, name) for name in ROWS if getattr(self, name) is not None}
+        arrays = {name: getattr(self, name) for name in (*ROWS, *_OBJECTS) if getattr(self, name) is not None}
         for name in _SUMS:
             if (sums := getattr(self, name)) is not None:
                 arrays |= {f"{name}.{key}": value for key, value in sums.arrays().items()}
@@ -93,6 +98,8 @@ class ProbeFeatures:
                 structure=arrays["structure"],
                 encoder_structure=arrays["encoder_structure"],
                 pixels=arrays.get("pixels"),
+                objects=arrays.get("objects"),
+                object_ids=arrays.get("object_ids"),
                 moments=Moments(**own) if (own := _fields(arrays, "moments")) else None,
                 encoder_moments=Moments(**own) if (own := _fields(arrays, "encoder_moments")) else None,
                 decoded=DecodedTokens(decoded["ids"], decoded["counts"], texts) if decoded else None,
@@ -121,6 +128,13 @@ class ProbeFeatures:
         for name in ROWS:
             if getattr(first, name) is not None:
                 joined[name] = np.concatenate([getattr(part, name) for part in parts])
+        if first.objects is not None:
+            starts = np.cumsum([0, *(len(part) for part in parts)])
+            joined["objects"] = np.concatenate([part.objects for part in parts if part.objects is not None])
+            known = [part.object_ids for part in parts if part.object_ids is not None]
+            joined["object_ids"] = np.concatenate(
+                [np.add(ids, [start, 0]) for ids, start in zip(known, starts, strict=False)]
+            )
         for name in _SUMS:
             if getattr(first, name) is not None:
                 joined[name] = type(getattr(first, name)).join([getattr(part, name) for part in parts])
@@ -135,10 +149,14 @@ class ProbeFeatures:
         if np.array_equal(order, np.arange(len(self))):
             return self
         rows = {name: getattr(self, name)[order] for name in ROWS if getattr(self, name) is not None}
+        if self.objects is not None and self.object_ids is not None:
+            ids = np.stack([np.argsort(order)[self.object_ids[:, 0]], self.object_ids[:, 1]], axis=1)
+            places = np.lexsort((ids[:, 1], ids[:, 0]))
+            rows |= {"objects": self.objects[places], "object_ids": ids[places]}
         return replace(self, **rows)
 
     def _shape(self) -> tuple[Any, ...]:
-        arrays = (getattr(self, name) for name in ROWS)
+        arrays = (getattr(self, name) for name in (*ROWS, "objects"))
         known = tuple(getattr(self, name) is not None for name in _SUMS)
         return (*(None if a is None else a.shape[1:] for a in arrays), known, self.attention, self.structure_metrics)
 
@@ -146,7 +164,9 @@ class ProbeFeatures:
 ROWS = ("pooled", "encoder_pooled", "structure", "encoder_structure", "pixels")
 """Fields with a row per image."""
 _SUMS = ("moments", "encoder_moments", "decoded")
-assert {*ROWS, *_SUMS} < {field.name for field in fields(ProbeFeatures)}
+_OBJECTS = ("objects", "object_ids")
+"""Fields with a row per object."""
+assert {*ROWS, *_SUMS, *_OBJECTS} < {field.name for field in fields(ProbeFeatures)}
 
 
 def _fields(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
@@ -179,6 +199,8 @@ class RowFile:
     def array(self) -> np.ndarray:
         """Return all rows, [n, ...] float32, on disk."""
         assert self._file is not None
+        if self._count == 0:  # an empty file can't be mapped
+            return np.zeros((0, *self._shape), dtype=np.float32)
         self._file.flush()
         return np.memmap(self._file, dtype=np.float32, mode="r", shape=(self._count, *self._shape))
 

@@ -20,7 +20,11 @@ def write_rows(path: Path, rows: Sequence[ProbeRow], hashes: Mapping[str, str]) 
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([to_dict(row) for row in rows])
-    table = table.replace_schema_metadata({PROBE_HASHES: json.dumps(dict(hashes), sort_keys=True)})
+    # A column without any value would have no type, and be read as a column of objects.
+    types = [field.with_type(pa.float64()) if pa.types.is_null(field.type) else field for field in table.schema]
+    table = table.cast(pa.schema(types)).replace_schema_metadata(
+        {PROBE_HASHES: json.dumps(dict(hashes), sort_keys=True)}
+    )
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
     write_bytes(path, buffer.getvalue().to_pybytes())

@@ -17,6 +17,8 @@ from prebench.errors import DataError
 
 STRUCTURE_METRICS = ("cohesion", "coupling", "centred_cohesion", "centred_coupling", "auc")
 """The columns of `patch_structure`, in this order."""
+OBJECT_METRICS = STRUCTURE_METRICS[:4]
+"""What is known of each object by itself, in this order."""
 
 ZERO_NORM = 1e-7
 """A centred token shorter than this share of the image's longest token is float32 round-off: it has no direction."""
@@ -98,34 +100,57 @@ class ObjectPatches:
 
     def __init__(self, assignment: np.ndarray) -> None:
         self._patches = torch.from_numpy(np.flatnonzero(assignment))
-        owners = np.unique(assignment[assignment != 0], return_inverse=True)[1].reshape(-1)
+        self.ids, owners = np.unique(assignment[assignment != 0], return_inverse=True)
+        """[O] the objects that own a patch, ascending."""
+        owners = owners.reshape(-1)
         self._members_OM = torch.from_numpy(owners == np.arange(owners.max(initial=-1) + 1)[:, None]).double()
         first, second = np.triu_indices(len(owners), 1)
         same = owners[first] == owners[second]
         cells = first * len(owners) + second
         self._same, self._different = torch.from_numpy(cells[same]), torch.from_numpy(cells[~same])
+        sizes = self._members_OM.sum(dim=1)
+        pairs = torch.stack([sizes * (sizes - 1) / 2, sizes * (len(owners) - sizes)], dim=1)
+        self._pairs_O2 = torch.where(pairs > 0, pairs, torch.nan)
 
     def structure(self, tokens_ND: Tensor) -> Tensor:
         """Return the image's patch structure at one layer, [K] float64 on the CPU (`patch_structure`)."""
+        return self.measure(tokens_ND)[0]
+
+    def measure(self, tokens_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image's patch structure, [K], and that of each of its objects, [O, 4], float64 on the CPU.
+
+        An object's cohesion is the mean cosine over its own pairs of patches, its coupling that over pairs of one of
+        its patches and one of another object's; columns as in `OBJECT_METRICS`, rows as in `ids`.
+        """
         result = torch.full((len(STRUCTURE_METRICS),), torch.nan, dtype=torch.float64)
         values = tokens_ND.double()
         longest = values.norm(dim=-1).max()
         if len(self._patches) < 2 or not math.isfinite(longest):
-            return result
+            return result, torch.full((len(self.ids), len(OBJECT_METRICS)), torch.nan, dtype=torch.float64)
         raw = values[self._patches.to(values.device)]
-        result[0], result[1] = self._means(*_unit(raw, 0.0))
+        result[:2], plain = self._means(*_unit(raw, 0.0))
         directions, known = _unit(raw - values.mean(dim=0), ZERO_NORM * float(longest))
-        result[2], result[3] = self._means(directions, known)
+        result[2:4], centred = self._means(directions, known)
         result[4] = self._auc(directions)
-        return result
+        return result, torch.cat([plain, centred], dim=1)
 
-    def _means(self, unit_MD: Tensor, known: int) -> tuple[float, float]:
-        """Return the mean cosine over same-object and over different-object pairs, from the objects' sums: O(M D)."""
-        sums = self._members_OM.to(unit_MD.device) @ unit_MD
-        objects = float(sums.square().sum())
-        same = (objects - known) / 2  # a direction times itself is 1 and no pair
-        different = (float(sums.sum(dim=0).square().sum()) - objects) / 2
-        return _over(same, len(self._same)), _over(different, len(self._different))
+    def _means(self, unit_MD: Tensor, known_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean cosine over same-object and different-object pairs: [2], and by object, [O, 2].
+
+        From the objects' sums: O(M D).
+        """
+        members = self._members_OM.to(unit_MD.device)
+        sums = members @ unit_MD
+        squares = sums.square().sum(dim=1)
+        total = sums.sum(dim=0)
+        objects = float(squares.sum())
+        same = (objects - int(known_M.sum())) / 2  # a direction times itself is 1 and no pair
+        different = (float(total.square().sum()) - objects) / 2
+        means = torch.tensor(
+            [_over(same, len(self._same)), _over(different, len(self._different))], dtype=torch.float64
+        )
+        own = torch.stack([(squares - members @ known_M.double()) / 2, sums @ total - squares], dim=1).cpu()
+        return means, own / self._pairs_O2
 
     def _auc(self, unit_MD: Tensor) -> float:
         """Return the Mann-Whitney probability P(same > different) + P(same = different) / 2."""
@@ -140,11 +165,11 @@ class ObjectPatches:
         return float(below.sum() + not_above.sum()) / 2 / len(same) / len(different)
 
 
-def _unit(vectors_MD: Tensor, floor: float) -> tuple[Tensor, int]:
-    """Return the vectors' directions, zero at or below the floor, and how many are above it."""
+def _unit(vectors_MD: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Return the vectors' directions, zero at or below the floor, and which are above it, [M]."""
     norm = vectors_MD.norm(dim=-1, keepdim=True)
     known = norm > floor
-    return vectors_MD * torch.where(known, norm.reciprocal(), 0.0), int(known.sum())
+    return vectors_MD * torch.where(known, norm.reciprocal(), 0.0), known[:, 0]
 
 
 def _over(total: float, count: int) -> float:

@@ -43,7 +43,7 @@ def probe_model(
         StoreError: no room for temporary files.
     """
     features = _extract("probe", model, processor, data, settings)
-    rows = probe_rows(features, data.labels, data.subsets, data.attributes)
+    rows = probe_rows(features, data.labels, data.subsets, data.attributes, data.categories)
     tested = [number for number, subset in enumerate(data.subsets) if subset == "test"]
     maps = similarity_maps(model, processor, data.images, data.masks, shown_images(data.masks, tested))
     if settings.random_weights:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from prebench.errors import DataError, did_you_mean
+from prebench.probe.by_object import object_rows
 from prebench.probe.diagnostics import decoded_rows, model_rows, similarity_rows, statistics_rows
 from prebench.probe.features import ProbeFeatures
 from prebench.probe.global_probe import fit_linear_probe, layers_at_once
@@ -44,20 +45,23 @@ def probe_rows(
     labels: Mapping[str, np.ndarray],
     subsets: np.ndarray,
     attributes: Sequence[AttributeLike],
+    categories: Sequence[Sequence[str]] | None = None,
 ) -> list[ProbeRow]:
     """Return every probe value of a model.
 
     Level "global": linear probes per attribute. The metric "accuracy" stands at each layer, "accuracy_10_per_class"
     and "accuracy_100_per_class" where every class has as many training images; controls are "shuffled_label_accuracy"
     at the encoder and the middle layer and "raw_pixel_accuracy", which has no layer, at the encoder's. Level "patch":
-    patch structure per layer, from the test images; a value that no image defines has no row. The other levels need no
-    labels (`prebench.probe.diagnostics`). Layer -1 is the vision encoder.
+    patch structure per layer, from the test images; a value that no image defines has no row. Levels "object" and
+    "category": the same as means over the test images' objects, and over those of each category. The other levels need
+    no labels (`prebench.probe.diagnostics`). Layer -1 is the vision encoder.
 
     Args:
         features: of n images.
         labels: per attribute name [n] integers (single-label attributes only).
         subsets: [n] of "train", "val" or "test".
         attributes: what to decode.
+        categories: per image the category of each object, that of mask id 1 first; None: not known.
 
     Raises:
         DataError: labels or subsets that do not fit the features, an attribute without labels, or what
@@ -81,7 +85,7 @@ def probe_rows(
     structure = _structure_rows(features, subsets == "test")
     if not structure:
         logger.warning("probe: no test image has a mask with two patches of objects; there is no patch structure")
-    rows += structure
+    rows += structure + object_rows(features, subsets == "test", categories)
     extra += statistics_rows(features) + similarity_rows(features) + decoded_rows(features) + model_rows(features)
     return rows + extra
 
@@ -187,10 +191,9 @@ class _AttributeProbe:
         for some in _groups(len(layers), layers_at_once(len(parts[0]), values.shape[2])):
             data = [array for part in parts for array in (values[:, some][part], self._labels[part])]
             result = fit_linear_probe(*data, shuffle_seed=shuffle_seed, name=f"probe attribute {attribute.name!r}")
-            rows += [
-                ProbeRow(layer, depth, "global", attribute.name, attribute.kind, metric, float(accuracy), result.n)
-                for layer, accuracy in zip(layers[some], result.accuracy, strict=True)
-            ]
+            for layer, accuracy in zip(layers[some], result.accuracy, strict=True):
+                about = (layer, depth, "global", attribute.name, attribute.kind, metric)
+                rows.append(ProbeRow(*about, float(accuracy), result.n, *accuracy_interval(float(accuracy), result.n)))
         return rows
 
 
@@ -198,16 +201,17 @@ def _groups(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def accuracy_interval(row: ProbeRow, level: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson interval of a row's accuracy, for this classifier over the population of test images.
+def accuracy_interval(accuracy: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson interval of an accuracy, for this classifier over the population of test images.
 
     Args:
-        row: a share of `n` test images.
+        accuracy: share of test images.
+        n: test images.
         level: of confidence.
     """
     from scipy.stats import binomtest
 
-    interval = binomtest(round(row.value * row.n), row.n).proportion_ci(level, method="wilson")
+    interval = binomtest(round(accuracy * n), n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
 

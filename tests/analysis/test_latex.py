@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from prebench.cli import main
 
-from .conftest import sample, study_maker, write_curve, write_task
+from .conftest import sample, study_maker, write_curve, write_snapshots, write_task
+from .test_ablation import make_grid
 
 pytestmark = pytest.mark.latex
 
@@ -24,7 +25,8 @@ LABELS = {
     "vqav2_val": "VQAv2 on scenes",
     "pope": "POPE on scenes",
 }
-TABLES = ("main", "question_types", "seeds", "probes", "degradation", "correlation", "matched")
+TABLES = ("main", "question_types", "seeds", "probes", "degradation", "correlation", "matched", "dynamics")
+GRID = ("ablation", "dose_response", "dose_trend")
 STUDY = "a_b & 5% #1"
 VARIANT = "pre_x.y-z"
 DOCUMENT = r"""\documentclass{article}
@@ -47,6 +49,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             kinds = [{"question_type": ("color_count", "relation")[i % 2], "blind_score": i % 3 / 2} for i in range(40)]
             samples = [sample(i, float(i % 5 > 0), **kind) for i, kind in enumerate(kinds)]
             write_task(run, task, LABELS[task], "generated", samples)
+    write_snapshots(folder)
     config = yaml.safe_load((folder / "study.yaml").read_text())
     known = config["suite"]["tasks"]
     config["suite"]["tasks"] = [known[0], known[1], known[0] | {"task": "vqav2_val"}, known[0] | {"task": "pope"}]
@@ -58,7 +61,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     _prebench("report", "--results", folder.parent)
     compared = tmp_path / "compare.tex"
     _prebench("compare", "baseline", VARIANT, "--results", folder.parent, "--format", "latex", "-o", compared)
-    paths = [*sorted((folder / "tables").glob("*.tex")), compared]
+    grid = make_grid(tmp_path / "grid", 3)
+    _prebench("report", "--results", grid.parent)
+    known = {path.stem for path in (grid / "tables").glob("*.tex")}
+    assert known >= set(GRID)
+    own = [grid / "tables" / f"{name}.tex" for name in GRID]
+    paths = [*sorted((folder / "tables").glob("*.tex")), *own, compared]
     return {path.stem: path.read_text(encoding="utf-8") for path in paths}
 
 
@@ -81,7 +89,7 @@ def _compile(folder: Path, name: str, text: str, packages: str) -> str:
 
 
 def test_every_table_compiles_and_stays_inside_the_page(sources: dict[str, str], tmp_path: Path) -> None:
-    assert set(sources) == {*TABLES, "compare"}
+    assert set(sources) == {*TABLES, *GRID, "compare"}
     for name, text in sources.items():
         log = _compile(tmp_path, name, text, r"\usepackage{graphicx}")
         wide = [line for line in log.splitlines() if re.match(r"Overfull|LaTeX Warning: Float too large", line)]

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prebench.errors import DataError
-from prebench.probe.patch_structure import STRUCTURE_METRICS, assign_patches, patch_structure
+from prebench.probe.patch_structure import (
+    OBJECT_METRICS,
+    STRUCTURE_METRICS,
+    ObjectPatches,
+    assign_patches,
+    patch_structure,
+)
 
 
 def direct_structure(tokens: np.ndarray, assignment: np.ndarray) -> list[float]:
@@ -147,3 +153,35 @@ def test_a_wrong_mask_is_one_clear_line(mask, message):
     with pytest.raises(DataError, match=message) as caught:
         assign_patches(mask, (2, 2))
     assert "\n" not in str(caught.value)
+
+
+def direct_objects(tokens: np.ndarray, assignment: np.ndarray) -> list[list[float]]:
+    """Each object's cohesion and coupling, plain and centred, pair by pair."""
+    found = []
+    for own in sorted(set(assignment[assignment > 0].tolist())):
+        row = []
+        for values in (tokens, tokens - tokens.mean(axis=0)):
+            length = np.linalg.norm(values, axis=1, keepdims=True)
+            unit = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
+            mine = [i for i, owner in enumerate(assignment) if owner == own]
+            others = [i for i, owner in enumerate(assignment) if owner not in (0, own)]
+            same = [float(unit[i] @ unit[j]) for i, j in itertools.combinations(mine, 2)]
+            different = [float(unit[i] @ unit[j]) for i in mine for j in others]
+            row += [np.mean(pairs) if pairs else math.nan for pairs in (same, different)]
+        found.append(row)
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(_batches())
+def test_single_objects_equal_the_direct_computation(batch):
+    for tokens, assignment in zip(*batch, strict=True):
+        objects = ObjectPatches(assignment)
+        found = objects.measure(torch.from_numpy(tokens))[1].numpy()
+        assert objects.ids.tolist() == sorted(set(assignment[assignment > 0].tolist()))
+        assert found.shape == (len(objects.ids), len(OBJECT_METRICS))
+        if (assignment > 0).sum() >= 2:
+            expected = direct_objects(tokens.astype(np.float64), assignment)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, equal_nan=True)
+        else:
+            assert np.isnan(found).all()

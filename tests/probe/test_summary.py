@@ -16,7 +16,6 @@ from prebench.probe.extract import ProbeFeatures, extract_features
 from prebench.probe.similarity import Representation, cknna, linear_cka
 from prebench.probe.spectrum import statistics
 from prebench.probe.summary import _AttributeProbe, accuracy_interval, probe_rows
-from prebench.records import ProbeRow
 from tests.probe.test_global_probe import reference_accuracy
 
 SIZES = {"train": 300, "val": 100, "test": 200}
@@ -176,9 +175,17 @@ def test_rows_do_not_depend_on_how_many_layers_fit_memory(rows, features, labels
 
 def test_wilson_intervals():
     """Known values: Wilson (1927) for 8 of 10 and 0 of 20."""
-    row = ProbeRow(0, 4, "global", "a", "", "accuracy", 0.8, 10)
-    assert accuracy_interval(row) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert accuracy_interval(dataclasses.replace(row, value=0.0, n=20)) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert accuracy_interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert accuracy_interval(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+
+
+def test_every_accuracy_has_its_interval_and_nothing_else_has_one(rows):
+    assert {row.level for row in rows} > {"global", "patch"}
+    for row in rows:
+        if row.level == "global":
+            assert (row.low, row.high) == accuracy_interval(row.value, row.n) and row.low <= row.value <= row.high
+        else:
+            assert row.low is None and row.high is None
 
 
 def test_rows_are_the_same_on_every_call(rows, features, labels, subsets):

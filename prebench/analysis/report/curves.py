@@ -24,6 +24,8 @@ MOST_SEEDS = 6
 _LEVELS = {
     "global": "What a linear probe decodes from the mean visual token",
     "patch": "How well visual tokens keep objects apart",
+    "object": "How well visual tokens keep objects apart, every object counted once",
+    "category": "How well visual tokens keep objects apart, by the object's category",
     "statistics": "Statistics of the visual tokens",
     "similarity": "Likeness of the mean visual token to layer 0 and to the encoder",
 }
@@ -70,14 +72,18 @@ def by_layer(study: Study) -> Section:
         folded: list[Figure] = []
         for attribute, metric in keys:
             chosen = mine[(mine["attribute"] == attribute) & (mine["metric"] == metric)]
+            if level == "category" and metric != "centred_difference":
+                continue  # stands in the records: four figures per category would hide the others
             if chosen.loc[chosen["layer"] > ENCODER, "layer"].nunique() < FEWEST_LAYERS:
                 single.append(chosen)
             else:
-                figures = folded if level == "global" and metric != "accuracy" else shown
+                aside = level in ("object", "category") or (level == "global" and metric != "accuracy")
+                figures = folded if aside else shown
                 figures.append(_layer_figure(study, level, attribute, metric, chosen))
         heading = _LEVELS.get(level, _words(level))
         groups += [Group(heading, shown)] if shown else []
-        groups += [Group(f"{heading}: fewer training images", folded, folded=True)] if folded else []
+        more = f"{heading}: fewer training images" if level == "global" else heading
+        groups += [Group(more, folded, folded=True)] if folded else []
     tables = [_single_layers(study, single)] if single else []
     decoded = probes[probes["level"] == "lm_head"]
     tables += [_decoded_tokens(study, decoded)] if not decoded.empty else []
