@@ -1,0 +1,367 @@
+"""Training speed: prebench's core with and without PRe, transformers' Trainer, and TRL's SFTTrainer.
+
+    python benchmarks/training.py                              the embedded model
+    python benchmarks/training.py --architecture smollm2       random weights of SmolLM2-135M's architecture
+
+The same model object, examples, order, collation, batch, accumulation, optimizer settings, dtype and threads for all,
+and cached features of the vision tower for all (`--input features`) or for none (`--input pixels`). Every round trains
+a block of steps with each system, another one first each time, so that a load of the machine meets all; a block's first
+step is not timed. Ratios are taken within a round: their geometric mean, with a 95% t interval over rounds.
+
+`none` has no regularizer, `baseline` fits the predictor to detached states (weight 0), `pre` is weight 0.5. The
+trainers train without PRe, as `none` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from documents import export_smollm2
+from scipy import stats
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from trl import SFTConfig, SFTTrainer
+
+from prebench.config import load_preset
+from prebench.data.collator import Batch
+from prebench.data.examples import TrainingData
+from prebench.data.order import data_order
+from prebench.model.builder import build_model, build_processor, build_tokenizer
+from prebench.model.freezing import freeze_for_stage
+from prebench.runtime import hardware, prepare_cpu, versions
+from prebench.schema import DataConfig, PredictiveConfig, StageConfig, TrainConfig
+from prebench.store import write_text
+from prebench.train.batches import MicroBatches, TrainingInputs
+from prebench.train.features import cached_features
+from prebench.train.loop import build_accelerator, build_regularizer, train
+from prebench.train.objective import Objective
+
+WEIGHTS = {"none": None, "baseline": 0.0, "pre": 0.5}
+TRAINERS = ("Trainer", "SFTTrainer")
+PARTS = ("forward", "backward", "optimiser")
+
+
+@dataclass
+class Setting:
+    """What all systems share."""
+
+    model: LlavaForConditionalGeneration
+    inputs: TrainingInputs
+    stage: StageConfig
+    recipe: TrainConfig
+    folder: str
+
+
+@dataclass
+class Block:
+    """One block of steps of one system."""
+
+    seconds: float
+    """Per step, without the first."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Share of the step's time in the forward pass (losses included), the backward pass and the optimisers."""
+
+
+class Clock:
+    """Counts the time of steps and of the parts inside them, from the end of the first step on."""
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+        self._spent = dict.fromkeys(PARTS, 0.0)
+        self._at_first: dict[str, float] = {}
+
+    def step_ended(self) -> None:
+        """Note the end of an optimiser step."""
+        self._marks.append(time.perf_counter())
+        if len(self._marks) == 1:
+            self._at_first = dict(self._spent)
+
+    def block(self, steps: int) -> Block:
+        """Return the block of so many steps, the first included."""
+        total = self._marks[-1] - self._marks[0]
+        parts = {name: (self._spent[name] - self._at_first[name]) / total for name in PARTS}
+        return Block(total / (steps - 1), parts)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Time the objective's forward pass, backward passes and AdamW's steps inside the block."""
+        watched = (("forward", Objective, "forward"), ("backward", torch.Tensor, "backward"))
+        watched += (("optimiser", torch.optim.AdamW, "step"),)
+        originals = [(owner, name, getattr(owner, name)) for _, owner, name in watched]
+        for part, owner, name in watched:
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._spent[part] += time.perf_counter() - start
+
+        return call
+
+
+class CachedTower(nn.Module):
+    """Stands where the vision tower stood and returns the features that it is given: the trainers' cached input."""
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutput:
+        """Return features [I, N_p, D_v] as the tower's last hidden state."""
+        return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
+
+
+def main() -> None:
+    """Measure and print a table."""
+    args = _arguments()
+    prepare_cpu(args.threads)
+    with tempfile.TemporaryDirectory(prefix="prebench-benchmark-") as folder:
+        setting = _smollm2(args, Path(folder)) if args.architecture else _embedded(args, Path(folder))
+        peak = _gemm_peak()
+        flops = _flops_per_step(setting)
+        blocks: dict[str, list[Block]] = {name: [] for name in args.systems}
+        for number in range(args.rounds):
+            start = number % len(args.systems)
+            for name in args.systems[start:] + args.systems[:start]:
+                blocks[name].append(run_block(name, setting))
+                sys.stderr.write(f"round {number}: {name} {blocks[name][-1].seconds * 1e3:.1f} ms per step\n")
+    table = _report(args, setting, blocks, peak, flops)
+    print(table)
+    if args.output:
+        write_text(args.output, table + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--architecture", choices=["smollm2"], help="random weights of this architecture instead")
+    parser.add_argument("--input", choices=["features", "pixels"], default="features")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="per block; default 30, smollm2: 4")
+    parser.add_argument("--batch-size", type=int, help="default: the preset's 32; smollm2: 4")
+    parser.add_argument("--accumulation", type=int, help="default: the preset's 2; smollm2: 1")
+    parser.add_argument("--systems", nargs="+", choices=[*WEIGHTS, *TRAINERS], default=[*WEIGHTS, *TRAINERS])
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--output", type=Path, help="file for the table, besides stdout")
+    args = parser.parse_args()
+    if args.steps is None:
+        args.steps = 4 if args.architecture else 30
+    if args.steps < 2:
+        parser.error("--steps: at least 2, as the first is not timed")
+    return args
+
+
+def _embedded(args: argparse.Namespace, folder: Path) -> Setting:
+    preset = load_preset("embedded")
+    processor = build_processor(preset.model.vision_tower, build_tokenizer())
+    model = build_model(preset.model, processor.tokenizer, seed=0)
+    return _setting(args, folder, model, processor, preset.train.instruct, questions_per_image=8)
+
+
+def _smollm2(args: argparse.Namespace, folder: Path) -> Setting:
+    export_smollm2(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    stage = StageConfig(steps=2, batch_size=4, learning_rate=1e-5)
+    return _setting(args, folder, model, AutoProcessor.from_pretrained(folder), stage, questions_per_image=4)
+
+
+def _setting(
+    args: argparse.Namespace,
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    processor: Any,
+    stage: StageConfig,
+    questions_per_image: int,
+) -> Setting:
+    values = stage.model_dump() | {"steps": args.steps}
+    values["batch_size"] = args.batch_size or stage.batch_size
+    values["gradient_accumulation_steps"] = args.accumulation or stage.gradient_accumulation_steps
+    stage = StageConfig.model_validate(values)
+    images = {"num_images": max(64, 2 * stage.batch_size), "questions_per_image": questions_per_image}
+    data = TrainingData(DataConfig.model_validate({"scenes": images, "easy_vqa": images}))
+    features = cached_features(folder, model, processor, data) if args.input == "features" else None
+    recipe = TrainConfig.model_validate(
+        {
+            "align": stage.model_dump() | {"steps": 0},
+            "instruct": stage.model_dump(),
+            "log_every": args.steps,  # the first step and the last
+            "device": "cpu",
+            "dtype": "float32",
+        }
+    )
+    freeze_for_stage(model, stage.trainable)
+    return Setting(model, TrainingInputs(data, processor, features), stage, recipe, str(folder))
+
+
+def run_block(name: str, setting: Setting) -> Block:
+    """Train one block of steps with a system.
+
+    Args:
+        name: none, baseline, pre, Trainer or SFTTrainer.
+        setting: what all systems share.
+    """
+    block = _core_block(WEIGHTS[name], setting) if name in WEIGHTS else _trainer_block(name, setting)
+    vars(setting.model).pop("forward", None)  # TRL and accelerate put theirs in front of the model's own
+    return block
+
+
+def _core_block(weight: float | None, setting: Setting) -> Block:
+    clock = Clock()
+    regularizer = None
+    if weight is not None:
+        regularizer = build_regularizer(PredictiveConfig(weight=weight), setting.model, seed=0)
+    with clock.watching():
+        train(setting.model, regularizer, setting.recipe, setting.inputs, 0, lambda _line: clock.step_ended())
+    return clock.block(setting.stage.steps)
+
+
+def _trainer_block(name: str, setting: Setting) -> Block:
+    clock = Clock()
+    stage, model = setting.stage, setting.model
+    tower = model.model.vision_tower
+    if setting.inputs.features is not None:
+        model.model.vision_tower = CachedTower()
+    micro_batches = _micro_batches(setting)
+    options: dict[str, Any] = {
+        "model": model,
+        "train_dataset": Dataset.from_dict({"number": range(len(micro_batches))}),
+        "data_collator": lambda rows: _as_inputs(micro_batches[rows[0]["number"]]),
+        "callbacks": [_StepEnds(clock)],
+    }
+    arguments = {
+        "output_dir": setting.folder,
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": 1,  # one item is one collated micro-batch
+        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": stage.max_grad_norm,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+    if name == "Trainer":
+        trainer = Trainer(args=TrainingArguments(**arguments), **options)
+    else:
+        more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        trainer = SFTTrainer(args=SFTConfig(**arguments, **more), processing_class=setting.inputs.processor, **options)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.model.vision_tower = tower
+    return clock.block(stage.steps)
+
+
+def _micro_batches(setting: Setting) -> MicroBatches:
+    order = data_order(setting.inputs.data, setting.stage, "instruct", 0)
+    return MicroBatches(order, setting.inputs, build_accelerator(setting.recipe))
+
+
+def _as_inputs(batch: Batch) -> dict[str, Any]:
+    pictures = batch.pixel_values if batch.vision_features is None else batch.vision_features
+    text = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    return text | {"pixel_values": pictures}
+
+
+class _StepEnds(TrainerCallback):
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock.step_ended()
+
+
+def _gemm_peak(size: int = 1024, seconds: float = 2.0) -> float:
+    """Return the machine's FLOP/s in float32 products of square matrices: the best of many."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _flops_per_step(setting: Setting) -> float:
+    """Return the FLOPs of matrix products in a step of `none`, forward and backward, as torch counts them."""
+    micro_batches, objective = _micro_batches(setting), Objective(setting.model, None).train()
+    with FlopCounterMode(display=False) as counter:
+        for index in range(setting.stage.gradient_accumulation_steps):
+            batch = micro_batches[index]
+            objective(batch).total(batch.num_targets, 1, 0.0).backward()
+    objective.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops())
+
+
+def _ratio(above: list[Block], below: list[Block]) -> str:
+    """Return the ratio of seconds per step, within rounds: geometric mean and 95% t interval."""
+    logs = np.log([a.seconds / b.seconds for a, b in zip(above, below, strict=True)])
+    mean = float(logs.mean())
+    if len(logs) < 2:
+        return f"{np.exp(mean):.3f}"
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return f"{np.exp(mean):.3f} [{np.exp(mean - half):.3f}, {np.exp(mean + half):.3f}]"
+
+
+def _report(
+    args: argparse.Namespace, setting: Setting, blocks: dict[str, list[Block]], peak: float, flops: float
+) -> str:
+    stage, used = setting.stage, versions()
+    software = ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers") if name in used)
+    lines = [
+        f"## {args.architecture or 'embedded'}, {args.input}",
+        "",
+        f"float32 on cpu ({torch.get_num_threads()} threads of {hardware().get('machine', 'this machine')}); "
+        f"{stage.batch_size} examples per step in {stage.gradient_accumulation_steps} micro-batches; {args.rounds} "
+        f"rounds of {args.steps} steps; {flops / 1e9:.1f} GFLOP of matrix products per step of `none`; "
+        f"GEMM peak {peak / 1e9:.1f} GFLOP/s; {software}.",
+        "",
+        "| system | samples/s | share of GEMM peak | forward + backward + optimiser | outside |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in blocks.items():
+        seconds = float(np.median([block.seconds for block in found]))
+        row = [name, f"{stage.batch_size / seconds:.2f}", f"{flops / seconds / peak:.1%}"]
+        if name in WEIGHTS:
+            inside = [float(np.median([block.parts[part] for block in found])) for part in PARTS]
+            outside = float(np.median([1 - sum(block.parts.values()) for block in found]))
+            row += [" + ".join(f"{share:.1%}" for share in inside), f"{outside:.1%}"]
+        else:
+            row += ["", ""]
+        lines.append(f"| {' | '.join(row)} |")
+    pairs = [("pre", "baseline"), ("pre", "none"), ("Trainer", "none"), ("SFTTrainer", "none")]
+    lines += ["", "Seconds per step, ratio within rounds: "]
+    told = [f"{a} / {b} {_ratio(blocks[a], blocks[b])}" for a, b in pairs if a in blocks and b in blocks]
+    return "\n".join(lines) + "; ".join(told) + "."
+
+
+if __name__ == "__main__":
+    main()
