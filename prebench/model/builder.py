@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import logging as transformers_logging
 
 from prebench.data.scenes import generate_scene, render
 from prebench.errors import ModelError, StoreError
@@ -287,7 +290,8 @@ def _load_part(model: LlavaForConditionalGeneration, part: str, block: VisionTow
         kind = TOWERS[block.architecture] if tower else LlamaForCausalLM
         if tower and block.architecture == "siglip":
             found.vision_use_head = False
-        loaded: Any = kind.from_pretrained(folder, config=found, dtype=torch.float32, use_safetensors=True)
+        with _without_remarks():  # on the text tower that is left out; shapes and names are compared below
+            loaded: Any = kind.from_pretrained(folder, config=found, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: the {part.replace('_', ' ')} can't be read ({str(error).splitlines()[0]})"
@@ -302,6 +306,16 @@ def _load_part(model: LlavaForConditionalGeneration, part: str, block: VisionTow
     except RuntimeError as error:
         summary = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ModelError(f"{folder}: the shape differs from model.{part}: {summary}") from error
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @torch.no_grad()
