@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 VARIANTS = load_suite("ablation").defaults.variants
 TOWER = {name: value for name, value in SETTINGS.items() if not name.startswith("model.vision_tower.")}
 RECIPE = TOWER | {"train.align.steps": 2, "train.instruct.steps": 4}
+RECIPE |= {"train.validate_every": 4, "train.validation_images": 3}
 
 
 def small(folder: Path) -> list[str]:
@@ -29,12 +30,13 @@ def small(folder: Path) -> list[str]:
     suite = yaml.safe_load((data_dir("configs") / "suites" / "ablation.yaml").read_text())
     for task in suite["tasks"]:
         task |= {"num_images": 4} | ({"questions_per_image": 2} if "questions_per_image" in task else {})
-    suite["probe"] |= {"num_train": 40, "num_val": 10, "num_test": 20}
+    reference = [a for a in suite["probe"]["attributes"] if a["name"] == suite["probe"]["reference_attribute"]]
+    suite["probe"] |= {"num_train": 40, "num_val": 10, "num_test": 20, "attributes": reference}
     suite["max_error_share"] = 0.9
     (folder / "ablation.yaml").write_text(yaml.safe_dump(suite))
     sets = [part for name, value in RECIPE.items() for part in ("--set", f"{name}={value}")]
     where = ["--suite", str(folder / "ablation.yaml"), "--preset", "smoke", "--results", str(folder)]
-    return command("run", *where, "--seeds", "0", *sets)
+    return command("run", *where, "--seeds", "0", "--jobs", "1", *sets)
 
 
 def test_the_grid_goes_on_after_a_kill_and_computes_frozen_features_once(tmp_path: Path) -> None:
@@ -62,7 +64,10 @@ def test_the_grid_goes_on_after_a_kill_and_computes_frozen_features_once(tmp_pat
         f"{name}-s0" for name in VARIANTS
     }
     computed = list(read_jsonl(study / "cache" / "features.jsonl"))
-    assert [line["images"] for line in computed] == [80], "one computation for all runs, the killed ones included"
+    # 80 pictures to train on, and 3 of each of two sources to validate with.
+    assert [line["images"] for line in computed] == [80, 6], "one computation for all runs, the killed ones included"
+    logs = [list(read_jsonl(path)) for path in study.glob("runs/*/train.jsonl")]
+    assert len(logs) == len(VARIANTS) and all(any(line.get("kind") == "validation" for line in log) for log in logs)
     printed = " ".join(done.stdout.split())
     assert "ablation: score in % and gain over baseline" in printed
     assert "the paper's ablation (arXiv 2603.20808: CLIP* + Vicuna-7B, the real benchmarks; another model" in printed

@@ -24,7 +24,7 @@ def table(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     titles = {task.task: marked(task.label, task.data_source) for task in study.tasks}
     rows = [_cells(study, run, known, kept, titles) for variant in study.variants for run in study.of_variant(variant)]
     columns = ["variant", "seed", "degradation", "degradation_excluded", "reduction", "lm_loss"]
-    columns += [part for title in titles.values() for part in (title, f"{title} gain")]
+    columns += [*(part for title in titles.values() for part in (title, f"{title} gain")), "weights_hash"]
     numbers = pd.DataFrame(rows, columns=columns)
     attribute = next(iter(degradation.attributes(study)), "none")
     caption = (
@@ -55,7 +55,9 @@ def _cells(
         row[title] = _score(run, task)
         if base is not None:
             row[f"{title} gain"] = gain(base, run, task)
-    return row
+    # All records of a run name the same weights, else it would not have been loaded.
+    made = [record.hashes for record in run.tasks.values()] + [run.probe_hashes or {}]
+    return row | {"weights_hash": next((hashes["weights"] for hashes in made if "weights" in hashes), None)}
 
 
 def _reductions(study: Study) -> dict[tuple[str, int], float]:

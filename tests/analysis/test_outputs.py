@@ -204,6 +204,7 @@ def test_every_trained_model_has_a_row(make_study: StudyMaker) -> None:
     folder = make_study()
     write_tables(load_study(folder))
     seeds = pd.read_csv(folder / "tables" / "seeds.csv", index_col=["variant", "seed"])
+    assert all(seeds["weights_hash"] == [f"w-{variant}-s{seed}" for variant, seed in seeds.index])
     assert len(seeds) == 6
     assert seeds.loc[("baseline", 1), ["degradation", "degradation_excluded", "lm_loss"]].tolist() == pytest.approx(
         [0.26, 0.95 - (0.79 + 0.59) / 2, 0.6]

@@ -106,5 +106,8 @@ def _saturation(study: Study, logged: pd.DataFrame) -> list[str]:
             step = saturation_step(run["step"].tolist(), run["pre_loss"].tolist())
             parts.append(f"seed {seed} {'not' if step is None else f'step {step}'}")
         if parts:
-            notes.append(f"{variant}: the regularizer's loss has made 95% of its fall at {', '.join(parts)}.")
+            notes.append(
+                f"{variant}: the regularizer's loss has made 95% of its fall at {', '.join(parts)} "
+                f"(runs/{variant}-s<seed>/{TRAIN_LOG})."
+            )
     return notes

@@ -26,7 +26,7 @@ def benchmarks(study: Study) -> Section:
     notes += dict.fromkeys(note for found in compared for note in found.notes)
     ends = [(row.difference, row.low, row.high) for found in compared for row in found.tasks]
     scale = [100 * end for row in ends for end in row if end is not None]
-    figures = [_forest(found, scale) for found in compared]
+    figures = [_forest(study, found, scale) for found in compared]
     heading = f"Differences from {study.baseline}, in points, with 95% intervals"
     groups = (Group(heading, figures, "Filled: a difference after Holm's correction."),) if figures else ()
     return Section(groups, tables, tuple(dict.fromkeys(notes)))
@@ -127,13 +127,13 @@ def _pairs(study: Study, found: Comparison, row: TaskComparison) -> str:
     return "\n".join(lines)
 
 
-def _forest(found: Comparison, scale: Sequence[float]) -> Figure:
+def _forest(study: Study, found: Comparison, scale: Sequence[float]) -> Figure:
     rows = []
     for row in found.tasks:
         shown = _with_interval(row)
         low, high = (None if end is None else 100 * end for end in (row.low, row.high))
         label = marked(row.label, row.data_source)
-        title = f"{label}: {shown}, {row.verdict}"
+        title = f"{label}: {shown}, {row.verdict}\n{_pairs(study, found, row)}"
         decided = row.verdict in (HIGHER, LOWER)
         rows.append(Interval(label, shown, 100 * row.difference, low, high, title, decided))
     title = f"{found.b} against {found.a}"
@@ -175,9 +175,11 @@ def degradation(study: Study, made: Made) -> Table | None:
 def seeds(study: Study, made: Made) -> Table:
     """Return one row per trained model."""
     shown = {"D": ["degradation"], "D without": ["degradation_excluded"], "Reduction": ["reduction"]}
-    return from_csv(
-        study, "seeds", made, lambda title: shown.get(title, [title.lower(), title, f"{title} gain"]), heads=2
-    )
+
+    def columns(title: str) -> list[str]:
+        return [*shown.get(title, [title.lower(), title, f"{title} gain"]), "weights_hash"]
+
+    return from_csv(study, "seeds", made, columns, heads=2)
 
 
 def probes(study: Study, made: Made) -> Table | None:
