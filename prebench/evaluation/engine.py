@@ -37,7 +37,7 @@ T = TypeVar("T")
 DEFAULT_TOKEN_BUDGET = 0
 """Chosen by the memory that is free."""
 SMALLEST_BUDGET = 512
-LARGEST_BUDGET = {"cpu": 4_096, "cuda": 131_072}
+LARGEST_BUDGET = {"cpu": 6_144, "cuda": 131_072}
 """More tokens in a batch are no faster; on a CPU they leave its caches."""
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
 """Of the free memory, for the batches that are computed at once."""
@@ -278,7 +278,7 @@ def free_budget(model: Any) -> int:
     num_bytes = (2 * cache + activations) * model.dtype.itemsize  # the prefixes' cache, and that of the rows
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     fitting = int(MEMORY_SHARE.get(device.type, 0.25) * free / num_bytes / num_workers(model))
-    return max(SMALLEST_BUDGET, min(fitting, LARGEST_BUDGET.get(device.type, 4_096)))
+    return max(SMALLEST_BUDGET, min(fitting, LARGEST_BUDGET.get(device.type, LARGEST_BUDGET["cpu"])))
 
 
 def _inputs(prompt: Encoded, images: Images) -> list[dict[str, Tensor]]:

@@ -41,7 +41,7 @@ DOCUMENT_ERRORS = (
 
 IMAGES_AT_ONCE = 8
 """Images of equal size that are preprocessed in one call: one at a time costs twice as much, more at once no less."""
-CACHED_BYTES = 16_000_000
+CACHED_BYTES = 4_000_000
 """Preprocessed images that are kept for the next windows: questions about an image mostly stand side by side."""
 
 

@@ -16,10 +16,8 @@ from PIL import Image
 from prebench.evaluation.generation import Answer, GenerationRequest, Known
 from prebench.evaluation.prompts import DOCUMENT_ERRORS, Encoded, Images, Prompt, PromptBuilder, one_line
 
-WINDOW = 256
-"""Requests that are looked at together for shared prefixes."""
-FIRST_WINDOW = 64
-"""The first window is small, so that the engine starts early; each has twice as many as the one before."""
+WINDOW = 128
+"""Requests that are looked at together for shared prefixes: more are hardly faster, and need more memory."""
 WINDOW_BYTES = 64_000_000
 """Of a window's distinct images, decoded or preprocessed, whichever is more."""
 
@@ -62,17 +60,15 @@ def read_windows(
         known: as in `Engine.generate`; called in the caller's thread, before an image is preprocessed.
     """
     iterator = iter(requests)
-    size = min(FIRST_WINDOW, WINDOW)
     with ThreadPoolExecutor(1, "prebench-reader") as thread:
-        reading = thread.submit(_read, builder, iterator, size)
+        reading = thread.submit(_read, builder, iterator)
         ready: Future[Window] | None = None
         while True:
             read = reading.result()
             following: Future[Window] | None = None
             if read is not None:
-                size = min(2 * size, WINDOW)
                 following = thread.submit(_prepare, builder, *_ask(read, known))
-                reading = thread.submit(_read, builder, iterator, size)
+                reading = thread.submit(_read, builder, iterator)
             if ready is not None:
                 yield ready.result()
             if following is None:
@@ -80,8 +76,8 @@ def read_windows(
             ready = following
 
 
-def _read(builder: PromptBuilder, requests: Iterator[GenerationRequest], size: int) -> _Read | None:
-    """Read at most `size` requests, fewer where their images are large; None at the end."""
+def _read(builder: PromptBuilder, requests: Iterator[GenerationRequest]) -> _Read | None:
+    """Read at most WINDOW requests, fewer where their images are large; None at the end."""
     read = _Read([], [], pixels := {})
     num_bytes = 0
     for request in requests:
@@ -95,7 +91,7 @@ def _read(builder: PromptBuilder, requests: Iterator[GenerationRequest], size: i
             new = {key: image for key, image in images.items() if key not in pixels and key not in builder.images}
             pixels.update(new)
             num_bytes += sum(max(3 * im.width * im.height, builder.images.largest) for im in new.values())
-        if len(read.prompts) + len(read.failed) >= size or num_bytes >= WINDOW_BYTES:
+        if len(read.prompts) + len(read.failed) >= WINDOW or num_bytes >= WINDOW_BYTES:
             return read
     return read if read.prompts or read.failed else None
 
