@@ -46,16 +46,20 @@ def test_the_rows_are_those_of_the_changed_model_above_layer_zero(tiny_export):
     data = ProbeData("scenes", images, masks, labels, subsets, attributes, True, "")
     model, processor = (kind.from_pretrained(tiny_export) for kind in (AutoModelForImageTextToText, AutoProcessor))
     rows, _ = probe_model(model, processor, data, Settings(seed=3))
-    found = {(r.layer, r.metric.removeprefix("random_weights_")): r.value for r in rows if "random_weights" in r.metric}
+    prefix = "random_weights_"
+    found = {(r.layer, r.level, r.metric.removeprefix(prefix)): r.value for r in rows if prefix in r.metric}
 
     model = AutoModelForImageTextToText.from_pretrained(tiny_export)
     randomise_language_model(model, 3)
     features = extract_features(model, processor, images, masks)
     direct = probe_rows(features, labels, subsets, attributes)
     metrics = {"accuracy", "cohesion", "coupling", "auc", "contrast_ratio", "centred_difference"}
-    expected = {(r.layer, r.metric): r.value for r in direct if r.metric in metrics and r.layer > 0}
+    above = [row for row in direct if row.layer > 0 and row.level in ("global", "patch")]
+    expected = {(r.layer, r.level, r.metric): r.value for r in above if r.metric in metrics}
     assert found == pytest.approx(expected) and len(found) == 4 * len(metrics)
-    own = {(r.layer, r.metric): r.value for r in rows}
-    assert all(abs(own[key] - value) > 1e-6 for key, value in found.items() if key[1] == "cohesion")
-    layers = {r.layer: r.value for r in direct if r.metric == "cohesion"}
-    assert {layer: own[layer, "cohesion"] for layer in (-1, 0)} == pytest.approx({i: layers[i] for i in (-1, 0)})
+    own = {(r.layer, r.level, r.metric): r.value for r in rows}
+    assert all(abs(own[key] - value) > 1e-6 for key, value in found.items() if key[2] == "cohesion")
+    same = {
+        (r.layer, r.level): r.value for r in direct if r.metric == "cohesion" and r.level == "patch" and r.layer <= 0
+    }
+    assert {key: own[*key, "cohesion"] for key in same} == pytest.approx(same) and len(same) >= 2
