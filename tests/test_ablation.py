@@ -39,7 +39,10 @@ def small(folder: Path) -> list[str]:
     return command("run", *where, "--seeds", "0", "--jobs", "1", *sets)
 
 
-def test_the_grid_goes_on_after_a_kill_and_computes_frozen_features_once(tmp_path: Path) -> None:
+def test_the_grid_goes_on_after_a_kill_and_computes_frozen_features_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # cells of one line each
     study = tmp_path / "ablation-smoke"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -186,7 +186,7 @@ def ask_for_another_seed(study: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "parts"),
     [
-        (6_000, ["-s1/train.jsonl: can't be written", "runs finished so far are kept"]),
+        (6_000, ["-s1/train.jsonl: can't be written", "finished runs and checkpoints are kept"]),
         (50_000, ["-s1/model: the model can't be written", "the finished runs are kept"]),
     ],
     ids=["log", "export"],

@@ -51,7 +51,7 @@ def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
     names = shown["attribute"].where(shown["attribute"] == "", shown["attribute"] + "_") + shown["metric"]
     columns: dict[str, dict[int, float]] = {}
     for name, row in zip(names, shown.itertuples(index=False), strict=True):
-        ends = [("_low", row.low), ("_high", row.high)] if not math.isnan(row.low) else []
+        ends = [("_low", row.low), ("_high", row.high)] if pd.notna(row.low) else []
         for suffix, value in [("", row.value), *ends]:
             columns.setdefault(f"{name}{suffix}", {})[int(row.layer)] = float(value)
     table = pd.DataFrame(columns).sort_index().rename_axis("layer").reset_index()

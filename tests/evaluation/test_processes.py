@@ -38,9 +38,11 @@ def _lmms_eval(mirror: Path, output: Path, model: Path, tasks: str, processes: i
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(mirror / "cache")}
     shards = output / "probe"
     shards.mkdir(parents=True)
+    leaked = ("HF_", "LMMS_EVAL_", "PREBENCH_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_", "MASTER_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(leaked)}  # of tests before
     settings = offline | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PREBENCH_PROBE_DIR": str(shards)}
     return subprocess.run(
-        command, cwd=mirror, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=600
+        command, cwd=mirror, env=clean | settings, capture_output=True, text=True, check=False, timeout=600
     )
 
 

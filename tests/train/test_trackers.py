@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from click.testing import CliRunner
 
 from prebench.cli import main
@@ -26,6 +27,7 @@ LINES = [
 
 def follow(folder: Path) -> list[dict[str, object]]:
     seen: list[dict[str, object]] = []
+    PartialState(cpu=True)  # accelerate's trackers ask for it; a training has it from its Accelerator
     with tracked(seen.append, folder, RECIPE) as log:
         for line in LINES:
             log(dict(line))
