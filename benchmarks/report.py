@@ -6,26 +6,17 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from prebench.analysis.plots import STYLE
 from prebench.runtime import hardware, versions
 from prebench.store import write_bytes, write_text
 
 ENGINE = "prebench"
 COLOURS = {"prebench": "#0072B2", "llava_hf": "#D55E00", "plain generate": "#009E73"}
-_STYLE: dict[str, Any] = {
-    "svg.hashsalt": "prebench",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-}
 HEADING = """# Speed of the evaluation
 
 Made by `python benchmarks/evaluation.py` (the newest exported model) and
@@ -135,7 +126,7 @@ def _total(rounds: list[Measurement], system: str) -> int:
 
 def _plot(run: Run) -> bytes:
     """Return questions per second over questions per image, both logarithmic; bars span the rounds."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = figure.subplots()
         asked = sorted({m.questions_per_image for m in run.measurements})

@@ -63,6 +63,25 @@ def tracker_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --device and --dtype."""
+    dtype = click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto: bfloat16 on CUDA, float32 on a CPU.",
+    )
+    device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+    return device(dtype(function))
+
+
+def model_folder(model_or_run: Path) -> Path:
+    """Return the model's folder: a run's model/ where a run was named."""
+    inner = model_or_run / "model"
+    return inner if not (model_or_run / "config.json").is_file() and inner.is_dir() else model_or_run
+
+
 def chosen_study(results: Path, study: str | None) -> Path:
     """Return the folder of the named study, or of the only or latest one."""
     from prebench.analysis.join import find_study

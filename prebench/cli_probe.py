@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from prebench.cli_options import chosen_study, jobs_option, mirror_option, results_option, study_option
+from prebench.cli_options import (
+    chosen_study,
+    device_options,
+    jobs_option,
+    mirror_option,
+    model_folder,
+    results_option,
+    study_option,
+)
 from prebench.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -49,14 +57,7 @@ def _ids(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int,
     "--output", type=click.Path(path_type=Path, file_okay=False), help="Folder; MODEL_OR_RUN-probe by default."
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Images per pass.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="auto: bfloat16 on CUDA, float32 on a CPU.",
-)
+@device_options
 @click.option(
     "--random-weights/--no-random-weights",
     default=True,
@@ -144,9 +145,7 @@ class _Request:
     @property
     def model_dir(self) -> Path:
         """Return the model's folder, the run's where a run was named."""
-        inner = self.model_or_run / "model"
-        is_run = not (self.model_or_run / "config.json").is_file() and inner.is_dir()
-        return inner if is_run else self.model_or_run
+        return model_folder(self.model_or_run)
 
     @property
     def folder(self) -> Path:

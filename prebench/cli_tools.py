@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prebench.errors import ConfigError, DataError
+from prebench.cli_options import device_options, model_folder
+from prebench.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from prebench.data.download import HubTask
@@ -190,14 +191,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     "--image-root", type=click.Path(path_type=Path), help="Of a file: its images' folder; its own by default."
 )
 @click.option("--max-length", type=click.IntRange(min=2), help="Of a file: tokens of an example; no limit by default.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="auto: bfloat16 on CUDA, float32 on a CPU.",
-)
+@device_options
 @click.option("--documents", type=click.IntRange(min=1), default=300, show_default=True, help="Asked in every setting.")
 @click.option(
     "--batch-sizes", default="1,4,16,64", show_default=True, callback=_numbers, help="Questions at once, about."
@@ -256,7 +250,7 @@ def doctor(
     from prebench.evaluation.doctor import Document, Plan, examine
     from prebench.store import write_json
 
-    model_dir = _model_dir(model_or_run)
+    model_dir = model_folder(model_or_run)
     with tempfile.TemporaryDirectory(prefix="prebench-doctor-") as folder:
         found = check_documents(Path(folder), documents)
         asked = tuple(Document(question=text, images=images) for text, images in found)
@@ -266,11 +260,6 @@ def doctor(
     if output is not None:
         write_json(output, doctor_report.as_json(report, model_dir, about))
     ctx.exit(1 if report.flips else 0)
-
-
-def _model_dir(model_or_run: Path) -> Path:
-    inner = model_or_run / "model"
-    return inner if not (model_or_run / "config.json").is_file() and inner.is_dir() else model_or_run
 
 
 def _check_data(
@@ -316,10 +305,10 @@ def _processor(model_or_run: Path | None, tower: VisionTowerConfig) -> Any:
         return build_processor(tower, build_tokenizer())
     from transformers import AutoProcessor
 
-    folder = _model_dir(model_or_run)
+    folder = model_folder(model_or_run)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: its processor can't be read ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"{folder}: its processor can't be read ({first_line(error)})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from prebench.errors import ConfigError, did_you_mean
 from prebench.runtime import data_dir
-from prebench.schema import PresetConfig, StrictModel, SuiteConfig, VariantConfig
+from prebench.schema import PresetConfig, RegularizerConfig, StrictModel, SuiteConfig, VariantConfig, config_class
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
 
@@ -128,15 +129,15 @@ def validate(model: type[ModelT], values: Mapping[str, Any], where: str) -> Mode
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(model, problem) for problem in error.errors()]
+        problems = [_describe(model, values, problem) for problem in error.errors()]
         raise ConfigError(f"{where}: {'; '.join(problems)}") from error
 
 
-def _describe(model: type[StrictModel], problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _describe(model: type[StrictModel], values: Any, problem: Mapping[str, Any]) -> str:
+    location = list(map(str, problem["loc"]))
     field = ".".join(location) or "top level"
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
+        known = _fields_at(model, values, problem["loc"][:-1])
         return f"unknown key {field!r}{did_you_mean(location[-1], known)}"
     if problem["type"] == "missing":
         return f"the key {field!r} is missing"
@@ -144,15 +145,19 @@ def _describe(model: type[StrictModel], problem: Mapping[str, Any]) -> str:
     return f"{field}: {message} (got {problem['input']!r})" if location else message
 
 
-def _fields_at(model: type[StrictModel], location: Sequence[str]) -> list[str]:
+def _fields_at(model: type[StrictModel], values: Any, location: Sequence[str | int]) -> list[str]:
     current: type[BaseModel] = model
     for part in location:
-        if part.isdigit():
+        with contextlib.suppress(LookupError, TypeError):  # a union's tag is no key
+            values = values[part]
+        if isinstance(part, int):
             continue
         nested = _nested_model(current, part)
         if nested is None:
             return []
         current = nested
+        if issubclass(current, RegularizerConfig):
+            current = config_class(values.get("type", "predictive"))
     return list(current.model_fields)
 
 

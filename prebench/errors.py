@@ -77,6 +77,17 @@ def user_error(error: Exception) -> PrebenchError | None:
     return StoreError(f"{reason}; what is finished is kept: make room or mend it, and start again")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that says something; its type where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and first line."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a hint such as `` (did you mean 'full'? known: full, smoke)`` for a misspelt name.
 

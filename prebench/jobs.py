@@ -19,7 +19,7 @@ import psutil
 
 from prebench.errors import InterruptedRunError, TrainingError
 from prebench.progress import ProgressLine
-from prebench.runtime import sigterm_noted
+from prebench.runtime import available_cores, sigterm_noted
 
 JOB_BYTES = 1_300_000_000
 """Memory that one process of the embedded preset may need."""
@@ -52,13 +52,6 @@ def choose_jobs(requested: int | None, num_items: int, threads_per_job: int | No
         return 1
     memory = psutil.virtual_memory().available
     return max(1, min(num_items, available_cores() // threads_per_job, memory // JOB_BYTES))
-
-
-def available_cores() -> int:
-    """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_processes: int) -> None:

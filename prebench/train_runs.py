@@ -16,7 +16,7 @@ from prebench.errors import InterruptedRunError
 from prebench.jobs import Job, Report, choose_jobs, run_jobs
 from prebench.progress import ProgressLine, say
 from prebench.records import content_hash
-from prebench.schema import StudyConfig
+from prebench.schema import StudyConfig, installed_regularizer, package_of
 from prebench.study import CHECKPOINTS, Run, snapshot_folder
 
 if TYPE_CHECKING:
@@ -224,6 +224,7 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
             "data_hash": key["data_hash"],
             "num_layers": num_layers(model),
             "regularizer_layer": None if regularizer is None else _one_or_several(regularizer.regularised_layers),
+            **_own_package(config, run),
             "lm_loss": log.last.get("lm_loss"),
             "pre_loss": log.last.get("pre_loss"),
             "train_seconds": round(checkpoints.seconds, 1),
@@ -254,10 +255,18 @@ def _run_key(run: Run, config: StudyConfig, inputs: TrainingInputs) -> dict[str,
         "config_hash": content_hash(config.run_config(run.variant, run.seed)),
         "data_hash": inputs.data.fingerprint(),
         **origin(config),
+        **_own_package(config, run),
         "device": choose_device(config.preset.train.device).type,
         "processes": num_processes(),
         "torch": versions()["torch"],
     }
+
+
+def _own_package(config: StudyConfig, run: Run) -> dict[str, str]:
+    """Return name and version of the package that brings the run's regularizer; nothing for prebench's own."""
+    block = next(v.regularizer for v in config.variants if v.name == run.variant)
+    entry = None if block is None else installed_regularizer(block.type)
+    return {} if entry is None else {"regularizer_package": package_of(entry)}
 
 
 def _one_or_several(layers: tuple[int, ...]) -> int | list[int]:

@@ -36,7 +36,7 @@ ALLOWED = {
     "cli_options": {"analysis"},
     "cli_analysis": BASE | {"analysis", "cli_options"},
     "cli_probe": BASE | {"cli_options", "pipeline", "data", "export", "probe", "analysis"},
-    "cli_tools": BASE | {"data", "model", "evaluation"},
+    "cli_tools": BASE | {"cli_options", "data", "model", "evaluation"},
     "__init__": {"train"},  # its public names, loaded when they are asked for
 }
 MODULES = sorted(ROOT.rglob("*.py"))

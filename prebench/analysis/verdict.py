@@ -27,7 +27,7 @@ from prebench.analysis.render import interval, marked, percent
 from prebench.analysis.statistics import Interval
 from prebench.errors import ComparisonError
 from prebench.records import middle_layers
-from prebench.schema import PredictiveConfig, VariantConfig
+from prebench.schema import NormPenaltyConfig, PredictiveConfig, VariantConfig
 
 CEILING = 0.99
 """A mean probe accuracy over the middle layers from which on a probe can't show what a variant preserves."""
@@ -65,7 +65,8 @@ def is_control(study: Study, variant: str) -> bool:
         return True
     if block is None or block.weight == 0:
         return False
-    return not isinstance(block, PredictiveConfig) or block.anchor in ("shuffled", "frozen_copy")
+    shuffled_or_frozen = isinstance(block, PredictiveConfig) and block.anchor in ("shuffled", "frozen_copy")
+    return shuffled_or_frozen or isinstance(block, NormPenaltyConfig)
 
 
 def is_baseline_again(study: Study, variant: str) -> bool:

@@ -7,7 +7,6 @@ its reason; more of them than the preset allows is an error.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from prebench.data.records import Record, Source
 from prebench.errors import DataError, StoreError
 from prebench.images import whole_images
 from prebench.records import content_hash
+from prebench.runtime import available_cores
 from prebench.schema import DataConfig, SourceConfig
 from prebench.store import read_json, write_json
 
@@ -134,7 +134,7 @@ class _Look:
         bad: list[tuple[int, str]] = []
         total = len(self.source)
         # Threads suffice: decoding pictures takes most of the time, and releases Python's lock.
-        with whole_images(), ThreadPoolExecutor(_cores()) as pool:
+        with whole_images(), ThreadPoolExecutor(available_cores()) as pool:
             for first in range(0, total, CHUNK):
                 for found in pool.map(self._one, range(first, min(first + CHUNK, total))):
                     findings.append(found) if isinstance(found, Finding) else bad.append(found)
@@ -188,7 +188,3 @@ def combined(parts: Sequence[Examination]) -> str:
 
 def _turns(record: Record) -> int:
     return sum(message["role"] == "assistant" for message in record.messages)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

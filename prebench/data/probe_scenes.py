@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +34,23 @@ def probe_scenes(probe: ProbeConfig, seed: int) -> ProbeScenes:
         probe: numbers of scenes, and the attributes.
         seed: the suite's `mirror_seed`.
     """
-    sizes = [probe.num_train, probe.num_val, probe.num_test]
-    scenes = [generate_scene(seed, "probe", index) for index in range(sum(sizes))]
+    subsets, scenes = zip(*drawn(probe, seed), strict=True)
     known = [labels(scene) for scene in scenes]
     return ProbeScenes(
         images=_Rendered(scenes, 0),
         masks=_Rendered(scenes, 1),
         labels={a.name: np.array([values[a.name] for values in known]) for a in probe.attributes},
-        subsets=np.repeat(["train", "val", "test"], sizes),
+        subsets=np.array(subsets),
         categories=[[item.shape for item in scene.objects] for scene in scenes],
     )
+
+
+def drawn(probe: ProbeConfig, seed: int) -> Iterator[tuple[str, Scene]]:
+    """Yield subset and scene of every document."""
+    sizes = {"train": probe.num_train, "val": probe.num_val, "test": probe.num_test}
+    subsets = [subset for subset, size in sizes.items() for _ in range(size)]
+    for index, subset in enumerate(subsets):
+        yield subset, generate_scene(seed, "probe", index)
 
 
 class _Rendered(Sequence[Any]):

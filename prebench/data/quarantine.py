@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import multiprocessing
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from prebench.errors import DataError
 from prebench.images import marker, require_size, to_rgb
+from prebench.runtime import available_cores
 
 POOL_ROWS = 2000
 """Fewer rows are decoded in this process: starting others takes longer."""
@@ -110,7 +110,7 @@ def _checked(
     parts: Sequence[tuple[Path, int]], sizes: Sequence[int], columns: Mapping[str, bool], required: bool
 ) -> Iterator[list[Unreadable]]:
     arguments = [(path, group, dict(columns), required) for path, group in parts]
-    processes = min(len(parts), _cores())
+    processes = min(len(parts), available_cores())
     if processes < 2 or sum(sizes) < POOL_ROWS:
         yield from map(_check, arguments)
         return
@@ -121,10 +121,6 @@ def _checked(
         raise DataError(
             f"{parts[0][0].parent}: a process died while it decoded images (killed, or out of memory?); start again"
         ) from error
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(part: tuple[Path, int, dict[str, bool], bool]) -> list[Unreadable]:

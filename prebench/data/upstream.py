@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from prebench.data import easy_vqa
+from prebench.data.probe_scenes import drawn
 from prebench.data.questions import (
     LETTERS,
     PLACES,
@@ -309,10 +310,8 @@ def easy_vqa_test(task: TaskConfig, seed: int) -> Benchmark:
 
 def visual_probe(probe: ProbeConfig, seed: int) -> Benchmark:
     """Return `prebench/visual_probe`: pictures, exact masks and labels in three subsets of disjoint scenes."""
-    subsets = ["train"] * probe.num_train + ["val"] * probe.num_val + ["test"] * probe.num_test
     rows = []
-    for index, subset in enumerate(subsets):
-        scene = generate_scene(seed, "probe", index)
+    for index, (subset, scene) in enumerate(drawn(probe, seed)):
         image, mask = render(scene)
         rows.append(
             {

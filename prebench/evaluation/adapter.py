@@ -26,12 +26,12 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
-from prebench.errors import EvaluationError, ModelError, PrebenchError
+from prebench.errors import EvaluationError, ModelError, PrebenchError, one_line
 from prebench.evaluation.documents import DecodedOnce
 from prebench.evaluation.engine import DEFAULT_TOKEN_BUDGET, Engine
 from prebench.evaluation.generation import GenerationRequest, generation_settings
 from prebench.evaluation.probe_task import PROBE_DIR_VARIABLE
-from prebench.evaluation.prompts import DOCUMENT_ERRORS, one_line
+from prebench.evaluation.prompts import DOCUMENT_ERRORS
 from prebench.evaluation.scores import by_image
 from prebench.images import whole_images
 from prebench.progress import say

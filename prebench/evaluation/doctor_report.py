@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from prebench.errors import one_line
 from prebench.evaluation.doctor import Flip, Report
-from prebench.evaluation.prompts import one_line
 from prebench.runtime import git_commit, hardware, versions
 
 SHOWN_FLIPS = 10

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import DynamicCache
 
-from prebench.errors import ModelError
+from prebench.errors import ModelError, one_line
 from prebench.evaluation.decoding import Prefixes, Row, Sampler, choose, decode, next_logits, run_prefixes
 from prebench.evaluation.generation import Answer, GenerationRequest, Known, truncate
-from prebench.evaluation.prompts import Encoded, Images, PromptBuilder, context_length, one_line
+from prebench.evaluation.prompts import Encoded, Images, PromptBuilder, context_length
 from prebench.evaluation.reading import Job, Window, read_windows
 from prebench.evaluation.threads import Work, num_workers, side_by_side
+from prebench.model.folders import load_model, read_config
 from prebench.runtime import choose_device, choose_dtype, derive_seed, keep_freed_memory, loading, prepare_cpu
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Engine:
         keep_freed_memory()
         self.device = choose_device(device)
         with loading():
-            self.model, self.processor = load_model(model_dir, self.device, choose_dtype(dtype, self.device))
+            self.model, self.processor = load_supported(model_dir, self.device, choose_dtype(dtype, self.device))
         self.token_budget = token_budget or free_budget(self.model)
         self._memory_ended = False
         self._tokenizer = self.processor.tokenizer
@@ -245,27 +246,19 @@ class Engine:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_supported(model_dir: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load model and processor from an exported folder.
 
     Raises:
         ModelError: the folder is missing, incomplete, of another architecture, or holds no safetensors.
     """
-    if not (model_dir / "config.json").is_file():
-        raise ModelError(f"{model_dir}: no exported model here (config.json is missing); `prebench train` makes it")
-    try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        if config.model_type not in SUPPORTED:
-            raise ModelError(f"{model_dir}: architecture {config.model_type!r} is none of {', '.join(SUPPORTED)}")
-        model = AutoModelForImageTextToText.from_pretrained(
-            model_dir, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
-        processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{model_dir}: can't be loaded: {one_line(error)}") from error
+    model_type = read_config(model_dir).model_type
+    if model_type not in SUPPORTED:
+        raise ModelError(f"{model_dir}: architecture {model_type!r} is none of {', '.join(SUPPORTED)}")
+    model, processor = load_model(model_dir, device, dtype)
     if getattr(processor, "chat_template", None) is None:
         raise ModelError(f"{model_dir}: the processor has no chat template (chat_template.jinja)")
-    return model.to(device).eval(), processor
+    return model, processor
 
 
 def free_budget(model: Any) -> int:

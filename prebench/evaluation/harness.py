@@ -22,7 +22,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.tasks import TaskManager, get_task_dict
 from tenacity import RetryError
 
-from prebench.errors import EvaluationError, StoreError
+from prebench.errors import EvaluationError, StoreError, one_line
 from prebench.evaluation import scores
 from prebench.evaluation.adapter import late_messages, probe_answers
 from prebench.evaluation.answers import AnswerLog, answer_file, decided_by
@@ -30,7 +30,7 @@ from prebench.evaluation.documents import DecodedOnce
 from prebench.evaluation.engine import Engine
 from prebench.evaluation.generation import Answer, GenerationRequest, generation_settings
 from prebench.evaluation.probe_task import LAYERS_FILE, PROBE_DIR_VARIABLE, probe_maps
-from prebench.evaluation.prompts import DOCUMENT_ERRORS, one_line
+from prebench.evaluation.prompts import DOCUMENT_ERRORS
 from prebench.evaluation.protocols import protocol_of
 from prebench.evaluation.request import EvaluationRequest, RunRequest, TaskSource
 from prebench.probe.files import write_maps, write_rows
@@ -283,7 +283,7 @@ def _answers(
 ) -> dict[int, Answer]:
     def requests() -> Iterator[GenerationRequest]:
         documents = DecodedOnce(loaded.documents)
-        for doc_id in scores.side_by_side(loaded.image_ids):
+        for doc_id in scores.grouped_by_image(loaded.image_ids):
             _, doc_to_messages, settings, *_ = instances[doc_id].args
             messages = late_messages(doc_to_messages, documents, doc_id)
             yield GenerationRequest(doc_id, messages, *generation_settings(settings, loaded.name))

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from prebench.errors import one_line
 from prebench.images import marked_reason, pixel_hash, require_size, to_rgb
 from prebench.records import content_hash
 
@@ -304,9 +305,3 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):  # a template would ask the question "None"
         raise ValueError(f"a text was expected, not {type(value).__name__}")
     return value
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's type and first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

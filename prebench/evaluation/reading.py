@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from prebench.errors import one_line
 from prebench.evaluation.generation import Answer, GenerationRequest, Known
-from prebench.evaluation.prompts import DOCUMENT_ERRORS, Encoded, Images, Prompt, PromptBuilder, one_line
+from prebench.evaluation.prompts import DOCUMENT_ERRORS, Encoded, Images, Prompt, PromptBuilder
 
 WINDOW = 128
 """Requests that are looked at together for shared prefixes: more are hardly faster, and need more memory."""

@@ -65,10 +65,10 @@ def by_image(task: str, documents: Any) -> list[int]:
 
     The engine shares what documents of one image have in common only where they come close to each other.
     """
-    return side_by_side(image_ids(task, documents))
+    return grouped_by_image(image_ids(task, documents))
 
 
-def side_by_side(image_ids: Sequence[str]) -> list[int]:
+def grouped_by_image(image_ids: Sequence[str]) -> list[int]:
     """Return the document ids sorted by the first appearance of their image."""
     first: dict[str, int] = {}
     for index, image_id in enumerate(image_ids):

@@ -32,7 +32,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging as transformers_logging
 
 from prebench.data.scenes import generate_scene, render
-from prebench.errors import ModelError, StoreError
+from prebench.errors import ModelError, StoreError, first_line
 from prebench.model.published import load_language_model, published_processor, read_config
 from prebench.model.sources import known_file_hash, require_safetensors, source_folder
 from prebench.model.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN
@@ -157,24 +157,17 @@ def build_processor(config: VisionTowerConfig, tokenizer: PreTrainedTokenizerFas
 
 def vision_config(config: VisionTowerConfig) -> PreTrainedConfig:
     """Return the tower's configuration: CLIP's, or SigLIP's without its pooling head (LLaVA reads patch tokens)."""
+    shape: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
     if config.architecture == "clip":
-        return CLIPVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-        )
-    return SiglipVisionConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        vision_use_head=False,
-    )
+        return CLIPVisionConfig(**shape)
+    return SiglipVisionConfig(**shape, vision_use_head=False)
 
 
 def _special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -293,9 +286,7 @@ def _load_part(model: LlavaForConditionalGeneration, part: str, block: VisionTow
         with _without_remarks():  # on the text tower that is left out; shapes and names are compared below
             loaded: Any = kind.from_pretrained(folder, config=found, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder}: the {part.replace('_', ' ')} can't be read ({str(error).splitlines()[0]})"
-        ) from error
+        raise ModelError(f"{folder}: the {part.replace('_', ' ')} can't be read ({first_line(error)})") from error
     inner: Any = model.model
     try:
         if tower:

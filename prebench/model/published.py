@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from prebench.data.chat_templates import VICUNA
-from prebench.errors import ModelError
+from prebench.errors import ModelError, first_line
 from prebench.model.sources import require_safetensors
 from prebench.model.tokenizer import IMAGE_TOKEN
 from prebench.schema import LanguageModelConfig, VisionTowerConfig
@@ -75,7 +75,7 @@ def read_config(folder: Path, config: LanguageModelConfig) -> PreTrainedConfig:
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}/config.json: can't be read ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"{folder}/config.json: can't be read ({first_line(error)})") from error
     if found.model_type != config.architecture:
         raise ModelError(
             f"{folder}: a {found.model_type} model; model.language_model.architecture: {config.architecture}"
@@ -110,7 +110,7 @@ def load_language_model(folder: Path, config: LanguageModelConfig, tokenizer: An
             folder, config=found, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the language model can't be read ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"{folder}: the language model can't be read ({first_line(error)})") from error
     rows = found.vocab_size
     wanted = padded_vocabulary(rows, len(tokenizer))
     if wanted > rows:
@@ -153,7 +153,7 @@ def published_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: the tokenizer can't be read ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"{folder}: the tokenizer can't be read ({first_line(error)})") from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -169,7 +169,7 @@ def _image_processor(tower: VisionTowerConfig, files: Path | None) -> Any:
     try:
         found = AutoImageProcessor.from_pretrained(files, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{files}: the image processor can't be read ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"{files}: the image processor can't be read ({first_line(error)})") from error
     sizes = found.crop_size if getattr(found, "do_center_crop", None) else found.size
     if (sizes.get("height"), sizes.get("width")) != (side, side):
         raise ModelError(

@@ -105,6 +105,12 @@ class VisualStates:
         else:
             self._hidden.setdefault(layer, hidden_BTD)
 
+    def detached(self) -> VisualStates:
+        """Return the same states without gradient."""
+        found = VisualStates(self.mask_BT)
+        found._hidden = {layer: hidden_BTD.detach() for layer, hidden_BTD in self._hidden.items()}
+        return found
+
     def at(self, layer: int) -> Tensor:
         """Return the visual tokens at a layer, [M, D]: all images' tokens one after another, M = sum of N_p."""
         return self._hidden[layer][self.mask_BT]

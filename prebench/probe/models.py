@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
-from prebench.errors import ModelError
+from prebench.errors import ModelError, first_line
 from prebench.model.architectures import TESTED, image_attention, injected_layers, projector
+from prebench.model.folders import LOAD_ERRORS, load_model, read_config
 from prebench.model.visual_states import language_model, num_layers, visual_mask
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
-"""What transformers raises for a folder that it can't load; a processor may need a package that is not installed."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,9 @@ def load(model_dir: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any
     Raises:
         ModelError: there is no model, transformers can't load it, or the probes can't read its architecture.
     """
-    config = _config(model_dir)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            model_dir, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
-        processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise ModelError(f"{model_dir}: can't be loaded: {_first_line(error)}") from error
+    model, processor = load_model(model_dir, device, dtype)
     outline(model)
-    return model.to(device).eval(), processor
+    return model, processor
 
 
 def look(model_dir: Path) -> Outline:
@@ -55,12 +46,12 @@ def look(model_dir: Path) -> Outline:
     Raises:
         ModelError: as `load`.
     """
-    config = _config(model_dir)
+    config = read_config(model_dir)
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise ModelError(f"{model_dir}: can't be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{model_dir}: can't be loaded: {first_line(error)}") from error
     return outline(model)
 
 
@@ -75,21 +66,3 @@ def outline(model: Any) -> Outline:
     projector(model)
     kind = model.config.model_type
     return Outline(kind, num_layers(model), image_attention(model), injected_layers(model), kind in TESTED)
-
-
-def _config(model_dir: Path) -> Any:
-    if not model_dir.is_dir():
-        raise ModelError(f"{model_dir}: no such folder; give the local folder of a model, or of a run")
-    if not (model_dir / "config.json").is_file():
-        hint = "; merge the adapter into its model first" if (model_dir / "adapter_config.json").is_file() else ""
-        raise ModelError(f"{model_dir}: no model here (config.json is missing){hint}")
-    if not list(model_dir.glob("*.safetensors")):
-        raise ModelError(f"{model_dir}: no *.safetensors here; prebench reads no pickled weights")
-    try:
-        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise ModelError(f"{model_dir}: can't be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

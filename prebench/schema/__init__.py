@@ -24,16 +24,20 @@ from prebench.schema.preset import (
     TrainConfig,
     VisionTowerConfig,
 )
-from prebench.schema.study import StudyConfig
-from prebench.schema.suite import AttributeConfig, ProbeConfig, SuiteConfig, SuiteDefaults, TaskConfig
-from prebench.schema.variant import (
+from prebench.schema.regularizers import (
     Layer,
+    LearnedRegularizerConfig,
     NormPenaltyConfig,
     PredictiveConfig,
     RegularizerConfig,
-    VariantConfig,
+    config_class,
+    installed_regularizer,
     layer_names,
+    package_of,
 )
+from prebench.schema.study import StudyConfig
+from prebench.schema.suite import AttributeConfig, ProbeConfig, SuiteConfig, SuiteDefaults, TaskConfig
+from prebench.schema.variant import VariantConfig
 
 __all__ = [
     "AttributeConfig",
@@ -42,6 +46,7 @@ __all__ = [
     "EasyVqaConfig",
     "LanguageModelConfig",
     "Layer",
+    "LearnedRegularizerConfig",
     "LlavaJsonConfig",
     "ModelConfig",
     "Name",
@@ -62,5 +67,8 @@ __all__ = [
     "TrainConfig",
     "VariantConfig",
     "VisionTowerConfig",
+    "config_class",
+    "installed_regularizer",
     "layer_names",
+    "package_of",
 ]

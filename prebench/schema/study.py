@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from prebench.schema.base import StrictModel, require_distinct
 from prebench.schema.preset import PresetConfig, StageConfig
+from prebench.schema.regularizers import PredictiveConfig, layer_names
 from prebench.schema.suite import SuiteConfig
-from prebench.schema.variant import PredictiveConfig, VariantConfig, layer_names
+from prebench.schema.variant import VariantConfig
 
 
 def _require_another_image(variant: VariantConfig, preset: PresetConfig) -> None:

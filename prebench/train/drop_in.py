@@ -32,6 +32,7 @@ from prebench.model.architectures import EncoderStates, capture_encoder, encoder
 from prebench.model.visual_states import VisualStates, capture, num_layers, visual_mask
 from prebench.runtime import derive_seed
 from prebench.schema import PredictiveConfig
+from prebench.train.optimizer_state import flatten_state, restore_state
 from prebench.train.regularizers import predictive
 
 ANCHORS = ("pre_llm", "pre_projector")
@@ -204,8 +205,7 @@ class PredictiveRegularizer:
         """Return the predictor's weights and its optimizer's state as one flat mapping, fit for safetensors."""
         state = {PREDICTOR + name: value.detach() for name, value in self._term.state_dict().items()}
         if self._optimizer is not None:
-            for index, entry in self._optimizer.state_dict()["state"].items():
-                state |= {f"{OPTIMIZER}{index}.{key}": value for key, value in entry.items()}
+            state |= {OPTIMIZER + name: value for name, value in flatten_state(self._optimizer).items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -219,14 +219,9 @@ class PredictiveRegularizer:
             self._term.load_state_dict(weights)
         except RuntimeError as error:
             raise ModelError(f"PredictiveRegularizer: the state of another predictor ({error})") from error
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith(OPTIMIZER):
-                index, _, key = name.removeprefix(OPTIMIZER).partition(".")
-                entries.setdefault(int(index), {})[key] = value.clone()
-        if entries:
-            optimizer = self._own_optimizer()
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+        flat = {name.removeprefix(OPTIMIZER): value for name, value in state.items() if name.startswith(OPTIMIZER)}
+        if flat:
+            restore_state(self._own_optimizer(), flat)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start to read a forward pass, if it is one to train on: no evaluation, no generation, no metric."""

@@ -13,9 +13,17 @@ import torch
 from accelerate import Accelerator
 from transformers import LlavaForConditionalGeneration
 
+from prebench.errors import ConfigError
 from prebench.model.visual_states import num_layers
 from prebench.runtime import choose_device, choose_dtype, derive_seed, seed_everything
-from prebench.schema import NormPenaltyConfig, RegularizerConfig, StageConfig, TrainConfig
+from prebench.schema import (
+    PredictiveConfig,
+    RegularizerConfig,
+    StageConfig,
+    TrainConfig,
+    installed_regularizer,
+    package_of,
+)
 from prebench.train.batches import TrainingInputs
 from prebench.train.checkpoint import Checkpoint, Checkpoints
 from prebench.train.execution import execution
@@ -26,6 +34,7 @@ from prebench.train.processes import join_processes, on_main, require_supported
 from prebench.train.regularizers.base import Regularizer
 from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer
+from prebench.train.sharding import make_whole, sharding_plugin
 from prebench.train.stage import Shared, Stage
 from prebench.train.trackers import tracked
 
@@ -43,13 +52,18 @@ def build_regularizer(
     Args:
         config: the variant's regularizer block.
         model: whose hidden states it reads.
-        seed: decides the predictors' initial weights.
+        seed: decides the initial weights of what it learns.
         external: features of external anchors, by `anchor_model`.
+
+    Raises:
+        ConfigError: the class that an installed package declares for the block's type is no Regularizer.
     """
     if config is None:
         return None
-    if isinstance(config, NormPenaltyConfig):
-        return NormPenaltyRegularizer(config, depth=num_layers(model))
+    if not isinstance(config, PredictiveConfig):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("regularizer", seed))
+            return _regularizer_class(config.type).build(config, model)
     hidden_size = model.config.text_config.hidden_size
     features = (external or {})[config.anchor_model] if config.anchor_model is not None else None
     sizes = {"pre_projector": model.config.vision_config.hidden_size, "external": features.width if features else 0}
@@ -61,6 +75,19 @@ def build_regularizer(
         generator=torch.Generator().manual_seed(derive_seed("predictor", seed)),
         external=features,
     )
+
+
+def _regularizer_class(kind: str) -> type[Regularizer]:
+    entry = installed_regularizer(kind)
+    if entry is None:
+        return NormPenaltyRegularizer
+    found = entry.load()
+    if not (isinstance(found, type) and issubclass(found, Regularizer)):
+        raise ConfigError(
+            f"regularizer.type {kind}: {entry.value} of {package_of(entry)} is no class derived from "
+            f"{Regularizer.__module__}.Regularizer"
+        )
+    return found
 
 
 def train(
@@ -101,6 +128,7 @@ def train(
     folder = None if checkpoints is None else checkpoints.folder.parent
     with execution(model, config), tracked(log, folder, config) as tracked_log:
         _train_stages(dataclasses.replace(shared, log=tracked_log), inputs, found)
+    make_whole(shared.objective)
     model.to("cpu")
     model.eval()
 
@@ -134,6 +162,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     device = choose_device(config.device)
     bf16 = choose_dtype(config.dtype, device) == torch.bfloat16
     join_processes(config.device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no", fsdp_plugin=sharding_plugin(bf16)
+    )
     require_supported(accelerator.distributed_type)
     return accelerator

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from prebench.data.collator import Batch, target_logits
 from prebench.model.builder import encode_images, encoded_images, vision_features
-from prebench.model.visual_states import VisualStates, capture
+from prebench.model.visual_states import VisualStates, capture, language_model
 from prebench.train.regularizers.base import Regularizer
 
 
@@ -47,6 +47,9 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.regularizer = regularizer
+        blocks = [language_model(model).layers[0], *model.model.vision_tower.encoder.layers[:1]]
+        self._no_split_modules = list(dict.fromkeys(type(block).__name__ for block in blocks))
+        """Classes of which accelerate shards each instance on its own."""
 
     def forward(self, batch: Batch) -> LossTerms:
         """Run the decoder once and return the loss sums of a micro-batch.

@@ -10,8 +10,9 @@ from accelerate.utils import broadcast_object_list
 
 from prebench.errors import ConfigError, PrebenchError
 from prebench.runtime import choose_device, num_processes
+from prebench.train.sharding import asked_for, every_process_loads
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+COPYING = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 ResultT = TypeVar("ResultT")
 
@@ -22,19 +23,29 @@ def join_processes(device: str) -> PartialState:
     Args:
         device: the recipe's.
     """
+    every_process_loads()
     return PartialState(cpu=choose_device(device).type == "cpu")
 
 
 def require_supported(kind: DistributedType) -> None:
-    """Refuse what the loop has never been seen to train with: FSDP, DeepSpeed, Megatron.
+    """Refuse what the loop has never been seen to train with: DeepSpeed, Megatron, and FSDP where there is no GPU.
+
+    Args:
+        kind: what accelerate chose.
 
     Raises:
         ConfigError: the launcher asks for one of them.
     """
-    if kind not in SUPPORTED:
+    if kind in COPYING and asked_for():
         raise ConfigError(
-            f"the launcher asks for {kind.value}, but prebench copies the model to every process (DDP): start it with "
-            "`accelerate launch --multi_gpu`, `accelerate launch --cpu` or torchrun"
+            f"the launcher asks for FSDP, but accelerate shards on GPUs alone and chose {kind.value}: start it with "
+            "`accelerate launch --cpu` or torchrun, which copy the model to every process (DDP)"
+        )
+    if kind not in COPYING and kind != DistributedType.FSDP:
+        raise ConfigError(
+            f"the launcher asks for {kind.value}, but prebench copies the model to every process (DDP) or shards it "
+            "with FSDP2: start it with `accelerate launch --multi_gpu`, `accelerate launch --use_fsdp --fsdp_version "
+            "2`, `accelerate launch --cpu` or torchrun"
         )
 
 

@@ -26,9 +26,10 @@ from prebench.train.batches import MicroBatches, TrainingInputs, optimiser_steps
 from prebench.train.checkpoint import Checkpoint, Checkpoints
 from prebench.train.log import LogLine
 from prebench.train.objective import LossTerms, Objective
+from prebench.train.optimizer_state import flatten_state, restore_state
 from prebench.train.processes import on_main
 from prebench.train.random_state import random_state, restore_random_state
-from prebench.train.regularizers.predictive import PredictiveRegularizer, anchor_statistics
+from prebench.train.regularizers.predictive import anchor_statistics
 from prebench.train.validation import Validation
 
 SHOWN_EXAMPLES = 8
@@ -79,8 +80,9 @@ class Stage:
         shared.trained.update(name for name, p in objective.named_parameters() if p.requires_grad)
         self._model_parameters = [p for p in model.parameters() if p.requires_grad]
         # A norm penalty has no predictor: nothing to optimise or to clip.
-        self._predictor = regularizer if isinstance(regularizer, PredictiveRegularizer) else None
-        self._predictor_parameters = [] if self._predictor is None else list(self._predictor.parameters())
+        self._predictor = None if regularizer is None else regularizer.learned
+        own = regularizer.parameters() if regularizer is not None else ()
+        self._predictor_parameters = [p for p in own if p.requires_grad]
         self._optimizers = self._make_optimizers()
         self._schedule = get_cosine_schedule_with_warmup(
             self._optimizers["model"], self.config.warmup_steps, self.config.steps
@@ -102,7 +104,7 @@ class Stage:
             )
         }
         if self._predictor is not None:
-            made["predictor"] = torch.optim.AdamW(self._predictor_parameters, lr=self._predictor.config.learning_rate)
+            made["predictor"] = torch.optim.AdamW(self._predictor_parameters, lr=self._predictor.learning_rate)
         return made
 
     def _begin(self, inputs: TrainingInputs) -> None:
@@ -115,9 +117,7 @@ class Stage:
             projector.load_state_dict(self._found.tensors["stage_start"])
         self._start = {name: tensor.detach().clone() for name, tensor in projector.state_dict().items()}
         if shared.objective.regularizer is not None:
-            shared.objective.regularizer.begin_stage(
-                model
-            )  # after prepare: copies lie on the device where the model lies
+            shared.objective.regularizer.begin_stage(model)  # after prepare: its copies lie where the model lies
         self._drift = _AnchorDrift(shared.objective, inputs, shared.accelerator.device)
         if self._found is not None:
             self._load(self._found)
@@ -158,7 +158,7 @@ class Stage:
         norm = accelerator.clip_grad_norm_(self._model_parameters, self.config.max_grad_norm)
         predictor_norm = None
         if self._predictor is not None:
-            limit = self._predictor.config.max_grad_norm
+            limit = self._predictor.max_grad_norm
             predictor_norm = accelerator.clip_grad_norm_(self._predictor_parameters, limit)
         line: LogLine = {
             **_losses(accelerator, terms, targets, images),
@@ -248,11 +248,8 @@ class Stage:
         tensors["stage_start"] = self._start
         state: dict[str, Any] = {"stage": self.name, "step": done, "schedule": self._schedule.state_dict()}
         for name, optimizer in self._optimizers.items():
-            packed = optimizer.state_dict()
-            state[f"{name}_optimizer"] = packed["param_groups"]
-            tensors[f"{name}_optimizer"] = {
-                f"{index}.{key}": value for index, entry in packed["state"].items() for key, value in entry.items()
-            }
+            state[f"{name}_optimizer"] = optimizer.state_dict()["param_groups"]
+            tensors[f"{name}_optimizer"] = flatten_state(optimizer)
         tensors |= {f"random_state_{rank}": values for rank, values in enumerate(random_states)}
         checkpoints.save(steps, tensors, state)
 
@@ -266,12 +263,7 @@ class Stage:
     def _load(self, found: Checkpoint) -> None:
         _load_weights(self._shared.objective, found)
         for name, optimizer in self._optimizers.items():
-            entries: dict[int, dict[str, Tensor]] = {}
-            for key, value in found.tensors[f"{name}_optimizer"].items():
-                index, _, field = key.partition(".")
-                entries.setdefault(int(index), {})[field] = value.clone()
-            groups = [group | {"betas": tuple(group["betas"])} for group in found.state[f"{name}_optimizer"]]
-            optimizer.load_state_dict({"state": entries, "param_groups": groups})
+            restore_state(optimizer, found.tensors[f"{name}_optimizer"], found.state[f"{name}_optimizer"])
         self._schedule.load_state_dict(found.state["schedule"])
 
     def _restore_random_state(self) -> None:

@@ -156,7 +156,7 @@ def test_a_kind_that_the_model_does_not_take_is_left_out(
 
 def test_what_can_not_be_checked_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = _invoke(monkeypatch, tmp_path)
-    assert result.exit_code == 2 and f"{tmp_path}: no exported model here" in result.output
+    assert result.exit_code == 2 and f"{tmp_path}: no model here" in result.output
     result = _invoke(monkeypatch, tmp_path, "--batch-sizes", "1,none")
     assert result.exit_code == 2 and "write whole numbers from 1" in result.output
 

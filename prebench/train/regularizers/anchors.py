@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from prebench.errors import TrainingError
+from prebench.train.sharding import whole_copy
 
 
 def of_previous_image(anchor_MA: Tensor, num_images: int) -> Tensor:
@@ -38,7 +37,7 @@ class FrozenProjector:
     """
 
     def __init__(self, projector: nn.Module) -> None:
-        self._copy = copy.deepcopy(projector).requires_grad_(False).eval()
+        self._copy = whole_copy(projector).requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, vision_features: Tensor) -> Tensor:

@@ -27,13 +27,11 @@ class NormPenaltyRegularizer(Regularizer):
         depth: L, the LM's number of layers.
     """
 
+    config_class = NormPenaltyConfig
     config: NormPenaltyConfig
 
-    def __init__(self, config: NormPenaltyConfig, *, depth: int) -> None:
-        super().__init__(config, depth=depth)
-
-    def forward(
-        self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor, image_ids: Sequence[str] = ()
+    def loss(
+        self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor, image_ids: Sequence[str]
     ) -> Tensor:
         """Return L_norm summed over images and averaged over layers; `vision_features` are not read."""
         anchor_M = _log_norm(states.at(0).detach())

@@ -35,6 +35,7 @@ class PredictiveRegularizer(Regularizer):
         external: features of the anchor "external", by image.
     """
 
+    config_class = PredictiveConfig
     config: PredictiveConfig
 
     def __init__(
@@ -63,8 +64,8 @@ class PredictiveRegularizer(Regularizer):
         if self.config.anchor == "frozen_copy":
             self._stage_start = FrozenProjector(model.model.multi_modal_projector)
 
-    def forward(
-        self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor, image_ids: Sequence[str] = ()
+    def loss(
+        self, states: VisualStates, vision_features: Tensor, image_of_token: Tensor, image_ids: Sequence[str]
     ) -> Tensor:
         """Return L_PRe summed over images and averaged over layers (a scalar; divide by the number of images).
 
