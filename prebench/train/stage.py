@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from prebench.data.collator import Batch
@@ -30,6 +30,16 @@ from prebench.train.optimizer_state import flatten_state, restore_state
 from prebench.train.processes import on_main
 from prebench.train.random_state import random_state, restore_random_state
 from prebench.train.regularizers.predictive import anchor_statistics
+from prebench.train.sharding import (
+    begin_sharded_stage,
+    computable,
+    gathered,
+    is_sharded,
+    like,
+    spread_state,
+    whole,
+    whole_copy,
+)
 from prebench.train.validation import Validation
 
 SHOWN_EXAMPLES = 8
@@ -78,11 +88,8 @@ class Stage:
         model, regularizer = objective.model, objective.regularizer
         logger.debug("stage %s trains %s", name, freeze_for_stage(model, self.config.trainable))
         shared.trained.update(name for name, p in objective.named_parameters() if p.requires_grad)
-        self._model_parameters = [p for p in model.parameters() if p.requires_grad]
         # A norm penalty has no predictor: nothing to optimise or to clip.
         self._predictor = None if regularizer is None else regularizer.learned
-        own = regularizer.parameters() if regularizer is not None else ()
-        self._predictor_parameters = [p for p in own if p.requires_grad]
         self._optimizers = self._make_optimizers()
         self._schedule = get_cosine_schedule_with_warmup(
             self._optimizers["model"], self.config.warmup_steps, self.config.steps
@@ -90,21 +97,31 @@ class Stage:
         by_length = regularizer is None or not regularizer.random_neighbours
         order = data_order(inputs.data, self.config, name, shared.seed)
         self._micro_batches = MicroBatches(order, inputs, shared.accelerator, by_length)
-        if shared.accelerator.num_processes > 1:
-            shared.accelerator.free_memory()  # the wrapper of the stage before would still average gradients
-        self._wrapped = shared.accelerator.prepare(objective)
+        self._wrapped = self._wrap(objective)
         self._wrapped.train()
         self._begin(inputs)
 
+    def _wrap(self, objective: Objective) -> nn.Module:
+        accelerator = self._shared.accelerator
+        if accelerator.num_processes > 1:
+            accelerator.free_memory()  # the wrapper of the stage before would still average gradients
+        if not accelerator.is_fsdp2:
+            wrapped: nn.Module = accelerator.prepare(objective)
+            return wrapped
+        # Sharding replaces parameters, those in the optimisers, too.
+        wrapped, *_ = accelerator.prepare(objective, *self._optimizers.values())
+        begin_sharded_stage(wrapped)
+        return wrapped
+
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        config = self.config
+        config, objective = self.config, self._shared.objective
+        model = [p for p in objective.model.parameters() if p.requires_grad]
         made: dict[str, torch.optim.Optimizer] = {
-            "model": torch.optim.AdamW(
-                self._model_parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-            )
+            "model": torch.optim.AdamW(model, lr=config.learning_rate, weight_decay=config.weight_decay)
         }
-        if self._predictor is not None:
-            made["predictor"] = torch.optim.AdamW(self._predictor_parameters, lr=self._predictor.learning_rate)
+        if self._predictor is not None and objective.regularizer is not None:
+            own = [p for p in objective.regularizer.parameters() if p.requires_grad]
+            made["predictor"] = torch.optim.AdamW(own, lr=self._predictor.learning_rate)
         return made
 
     def _begin(self, inputs: TrainingInputs) -> None:
@@ -114,15 +131,16 @@ class Stage:
         projector = model.model.multi_modal_projector
         if self._found is not None:
             self._load(self._found)
-            projector.load_state_dict(self._found.tensors["stage_start"])
-        self._start = {name: tensor.detach().clone() for name, tensor in projector.state_dict().items()}
+            _load_weights(projector, self._found.tensors["stage_start"])
+        self._start = {name: whole(tensor.detach()).clone() for name, tensor in projector.state_dict().items()}
         if shared.objective.regularizer is not None:
             shared.objective.regularizer.begin_stage(model)  # after prepare: its copies lie where the model lies
         self._drift = _AnchorDrift(shared.objective, inputs, shared.accelerator.device)
         if self._found is not None:
             self._load(self._found)
         self._validation = None
-        if shared.config.validate_every and shared.accelerator.is_main_process:
+        # Sharded weights can be used by all processes together alone; else the others have nothing to do meanwhile.
+        if shared.config.validate_every and (shared.accelerator.is_main_process or shared.accelerator.is_fsdp2):
             questions = inputs.data.validation(shared.config.validation_images)
             frozen = "vision_tower" not in self.config.trainable
             self._validation = Validation(questions, inputs.processor, frozen, inputs.validation)
@@ -155,16 +173,15 @@ class Stage:
         """Make one optimiser step; return its log line, h_v^0 of the last micro-batch, and whether to stop."""
         accelerator = self._shared.accelerator
         terms, (targets, images, stop) = self._accumulate(batches)
-        norm = accelerator.clip_grad_norm_(self._model_parameters, self.config.max_grad_norm)
+        norm = self._clip("model", self.config.max_grad_norm)
         predictor_norm = None
         if self._predictor is not None:
-            limit = self._predictor.max_grad_norm
-            predictor_norm = accelerator.clip_grad_norm_(self._predictor_parameters, limit)
+            predictor_norm = self._clip("predictor", self._predictor.max_grad_norm)
         line: LogLine = {
             **_losses(accelerator, terms, targets, images),
-            "grad_norm": float(norm),
-            "clipped": float(norm) > self.config.max_grad_norm,
-            "predictor_grad_norm": None if predictor_norm is None else float(predictor_norm),
+            "grad_norm": norm,
+            "clipped": norm > self.config.max_grad_norm,
+            "predictor_grad_norm": predictor_norm,
             "num_targets": targets,
         }
         self._require_finite(line, step, batches, terms)
@@ -175,6 +192,11 @@ class Stage:
         line["learning_rate"] = self._schedule.get_last_lr()[0]
         self._schedule.step()
         return line, terms[-1].anchor, stop > 0
+
+    def _clip(self, optimizer: str, limit: float) -> float:
+        """Clip the gradients of what an optimiser learns, and return their norm over all processes."""
+        parameters = [p for group in self._optimizers[optimizer].param_groups for p in group["params"]]
+        return float(whole(self._shared.accelerator.clip_grad_norm_(parameters, limit)))
 
     def _accumulate(self, batches: list[Batch]) -> tuple[list[LossTerms], tuple[int, int, int]]:
         """Run forward and backward over the micro-batches, normalised by the counts of the global batch.
@@ -220,9 +242,11 @@ class Stage:
         every = self._shared.config.validate_every
         if self._validation is None or not ((step + 1) % every == 0 or step == self.config.steps - 1):
             return
-        with self._shared.accelerator.autocast():
+        with self._shared.accelerator.autocast(), computable(self._wrapped):
             found = self._validation(self._shared.objective.model)
-        self._shared.log({"kind": "validation", "stage": self.name, "step": step, "steps": self.config.steps, **found})
+        line = {"kind": "validation", "stage": self.name, "step": step, "steps": self.config.steps, **found}
+        if self._shared.accelerator.is_main_process:
+            self._shared.log(line)
 
     def _survive(self, done: int, stop: bool) -> None:
         """Save a checkpoint where one is due; end where the process was asked to."""
@@ -241,17 +265,15 @@ class Stage:
     def _save(self, checkpoints: Checkpoints, steps: int, done: int) -> None:
         accelerator = self._shared.accelerator
         random_states = gather_object([random_state(accelerator.device)])
-        on_main(lambda: self._write(checkpoints, steps, done, random_states))
-
-    def _write(self, checkpoints: Checkpoints, steps: int, done: int, random_states: list[dict[str, Tensor]]) -> None:
-        tensors: dict[str, Mapping[str, Tensor]] = {"weights": self._saved_weights()}
+        keep = accelerator.is_main_process
+        tensors: dict[str, Mapping[str, Tensor]] = {"weights": gathered(self._saved_weights(), keep)}
         tensors["stage_start"] = self._start
         state: dict[str, Any] = {"stage": self.name, "step": done, "schedule": self._schedule.state_dict()}
         for name, optimizer in self._optimizers.items():
             state[f"{name}_optimizer"] = optimizer.state_dict()["param_groups"]
-            tensors[f"{name}_optimizer"] = flatten_state(optimizer)
+            tensors[f"{name}_optimizer"] = gathered(flatten_state(optimizer), keep)
         tensors |= {f"random_state_{rank}": values for rank, values in enumerate(random_states)}
-        checkpoints.save(steps, tensors, state)
+        on_main(lambda: checkpoints.save(steps, tensors, state))
 
     def _saved_weights(self) -> dict[str, Tensor]:
         """Return what differs from the run's start: weights trained so far, and all running statistics."""
@@ -261,9 +283,10 @@ class Stage:
         return weights | {name: value for name, value in objective.state_dict().items() if name not in parameters}
 
     def _load(self, found: Checkpoint) -> None:
-        _load_weights(self._shared.objective, found)
+        _load_weights(self._shared.objective, found.tensors["weights"])
         for name, optimizer in self._optimizers.items():
-            restore_state(optimizer, found.tensors[f"{name}_optimizer"], found.state[f"{name}_optimizer"])
+            flat = spread_state(optimizer, found.tensors[f"{name}_optimizer"])
+            restore_state(optimizer, flat, found.state[f"{name}_optimizer"])
         self._schedule.load_state_dict(found.state["schedule"])
 
     def _restore_random_state(self) -> None:
@@ -273,12 +296,12 @@ class Stage:
             restore_random_state(state, accelerator.device)
 
 
-def _load_weights(objective: Objective, found: Checkpoint) -> None:
-    """Put a checkpoint's weights and running statistics into model and regularizer, in place."""
-    targets = objective.state_dict()
+def _load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved weights and running statistics into a module, in place; where it is sharded, each process its part."""
+    targets = module.state_dict()
     with torch.no_grad():
-        for name, value in found.tensors["weights"].items():
-            targets[name].copy_(value)
+        for name, value in tensors.items():
+            targets[name].copy_(like(targets[name], value))
 
 
 def _finite(term: LossTerms) -> bool:
@@ -306,7 +329,10 @@ class _AnchorDrift:
 
     @torch.no_grad()
     def _project(self) -> Tensor | None:
-        return None if self._features is None else self._projector(self._features).float()
+        if self._features is None:
+            return None
+        projector = whole_copy(self._projector) if is_sharded(self._projector) else self._projector
+        return projector(self._features).float()
 
     def __call__(self) -> float | None:
         now = self._project()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from prebench.errors import ConfigError
 from prebench.train.processes import require_supported
+from prebench.train.sharding import sharding_plugin
 from tests.data.tiny_conversations import good_records, write_records
 from tests.train.several import train_tiny
 
@@ -79,10 +80,22 @@ def test_eight_accumulation_steps_have_the_losses_of_one(data, weight):
             assert math.isclose(a[name], b[name], rel_tol=1e-6, abs_tol=1e-6), (name, a[name], b[name])
 
 
-def test_what_the_loop_was_never_seen_to_train_with_is_refused():
-    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        with pytest.raises(
-            ConfigError, match=f"the launcher asks for {kind.value}, but .* `accelerate launch --multi_gpu"
-        ):
-            require_supported(kind)
+def test_what_the_loop_was_never_seen_to_train_with_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"the launcher asks for DEEPSPEED, but .* `accelerate launch --multi_gpu`"):
+        require_supported(DistributedType.DEEPSPEED)
     require_supported(DistributedType.MULTI_CPU)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="accelerate shards on GPUs alone and chose MULTI_CPU"):
+        require_supported(DistributedType.MULTI_CPU)
+    require_supported(DistributedType.FSDP)
+    for name, value, remedy in (
+        ("VERSION", "1", "set fsdp_version: 2"),
+        ("OFFLOAD_PARAMS", "true", "fsdp_offload_params: false"),
+        ("ACTIVATION_CHECKPOINTING", "true", "train.gradient_checkpointing"),
+        ("AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv("FSDP_VERSION", "2")
+            patch.setenv(f"FSDP_{name}", value)
+            with pytest.raises(ConfigError, match=f"the launcher's fsdp_{name.lower()} {value}: .*{remedy}"):
+                sharding_plugin(bf16=False)
