@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from prebench.data.questions import ask
 from prebench.data.scenes import generate_scene, render, scene_rng
-from prebench.model.builder import PRETRAINED, build_processor, vision_config
+from prebench.model.builder import build_processor, vision_config
+from prebench.model.sources import PRETRAINED
 from prebench.schema import VisionTowerConfig
 
 SMOLLM2_135M = {

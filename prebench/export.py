@@ -9,13 +9,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from transformers import LlavaForConditionalGeneration
+from typing import TYPE_CHECKING, Any
 
 from prebench.errors import StoreError, user_error
 from prebench.runtime import file_hash, git_commit, versions
 from prebench.store import read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
 
 MANIFEST = "prebench.json"
 REQUIRED = ("variant", "seed", "config_hash", "weights_hash", "parts_hash", "dtype")

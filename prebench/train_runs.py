@@ -75,7 +75,7 @@ def _train_together(folder: Path, config: StudyConfig, todo: Sequence[Run]) -> N
 
 def origin(config: StudyConfig) -> dict[str, str]:
     """Return what decides a run's weights besides its configuration: pretrained parts and numeric precision."""
-    from prebench.model.builder import parts_hash
+    from prebench.model.sources import parts_hash
 
     return {"parts_hash": parts_hash(config.preset.model), "dtype": dtype_name(config)}
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from prebench.cli import main
 from prebench.data.mirror import file_record
 from prebench.errors import ModelError
-from prebench.model import builder
+from prebench.model import sources
+from prebench.model.builder import build_tokenizer
 from prebench.records import TaskRecord
 from prebench.schema import ModelConfig
 from prebench.store import read_json, read_jsonl, read_record, write_json
@@ -44,7 +45,7 @@ def flip(path: Path, place: int) -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(builder.PRETRAINED, tmp_path / "pretrained"))
+    return Path(shutil.copytree(sources.PRETRAINED, tmp_path / "pretrained"))
 
 
 def test_a_flipped_byte_in_a_copied_tower_is_named_before_training(parts: Path, tmp_path: Path) -> None:
@@ -68,21 +69,21 @@ def test_a_tower_without_a_manifest_is_read_or_named(parts: Path, tmp_path: Path
 @pytest.mark.parametrize("name", ["vision_tower/model.safetensors", "tokenizer/tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flip", "delete"])
 def test_the_shipped_parts_are_checked(parts: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str) -> None:
-    monkeypatch.setattr(builder, "PRETRAINED", parts)
-    before = builder.parts_hash(ModelConfig())
-    assert before == builder.parts_hash(ModelConfig())
+    monkeypatch.setattr(sources, "PRETRAINED", parts)
+    before = sources.parts_hash(ModelConfig())
+    assert before == sources.parts_hash(ModelConfig())
     flip(parts / name, -50) if damage == "flip" else (parts / name).unlink()
     with pytest.raises(ModelError, match=rf"{name}: .*prebench pretrain"):
-        builder.parts_hash(ModelConfig())
+        sources.parts_hash(ModelConfig())
 
 
 def test_a_damaged_tokenizer_is_named(parts: Path) -> None:
     flip(parts / "tokenizer" / "tokenizer.json", 1000)
     with pytest.raises(ModelError, match=r"tokenizer/tokenizer\.json: damaged"):
-        builder.build_tokenizer(parts / "tokenizer")
+        build_tokenizer(parts / "tokenizer")
     (parts / "manifest.json").write_text("[]")
     with pytest.raises(ModelError, match=r"manifest\.json: damaged"):
-        builder.build_tokenizer(parts / "tokenizer")
+        build_tokenizer(parts / "tokenizer")
 
 
 def test_pretraining_to_a_place_that_takes_no_files_is_refused_at_once(tmp_path: Path) -> None:

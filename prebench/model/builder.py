@@ -32,80 +32,17 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging as transformers_logging
 
 from prebench.data.scenes import generate_scene, render
-from prebench.errors import ModelError, StoreError, first_line
+from prebench.errors import ModelError, first_line
 from prebench.model.published import load_language_model, published_processor, read_config
-from prebench.model.sources import known_file_hash, require_safetensors, source_folder
+from prebench.model.sources import PRETRAINED, check_part, part_folder, require_safetensors
 from prebench.model.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN
-from prebench.records import content_hash
-from prebench.runtime import derive_seed, file_hash
+from prebench.runtime import derive_seed
 from prebench.schema import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from prebench.store import read_json
 
-PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
-MANIFEST = "manifest.json"
-PRETRAIN_COMMAND = "prebench pretrain"
 NUM_START_IMAGES = 128
 TOWERS: dict[str, Any] = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
 WHITENING_FLOOR = 0.05
 """Added to the eigenvalues, in units of their mean, so that noise is not blown up."""
-
-
-def parts_hash(config: ModelConfig) -> str:
-    """Return one content hash of the pretrained parts that a run starts from: tokenizer, tower and language model.
-
-    Raises:
-        ModelError: a part's folder is missing, or a part is damaged.
-    """
-    folders = [] if config.language_model.has_own_tokenizer else [PRETRAINED / "tokenizer"]
-    for folder in folders:
-        check_part(folder)
-    for part in ("vision_tower", "language_model"):
-        block = getattr(config, part)
-        if block.pretrained is not None:
-            folders.append(part_folder(part, block.pretrained, block.revision))
-    kinds = (".json", ".safetensors", ".model", ".txt")
-    files = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in kinds]
-    return content_hash([[path.name, known_file_hash(path)] for path in files])
-
-
-def part_folder(part: str, pretrained: str, revision: str | None = None) -> Path:
-    """Return the folder of a pretrained part, `vision_tower` or `language_model`.
-
-    Raises:
-        ModelError: there is none, or it is damaged.
-    """
-    folder = PRETRAINED / part if pretrained == "embedded" else source_folder(pretrained, revision)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no {part.replace('_', ' ')} here; `prebench pretrain` makes the embedded one")
-    check_part(folder)
-    return folder
-
-
-def check_part(folder: Path) -> None:
-    """Check a pretrained part's files against the manifest that `prebench pretrain` left beside it, where there is one.
-
-    Raises:
-        ModelError: a file is missing, or its content is another than when it was made.
-    """
-    path = folder.parent / MANIFEST
-    if not path.is_file():
-        return
-    remedy = "install prebench again, or make the parts again with `prebench pretrain`"
-    try:
-        manifest = read_json(path)
-        if isinstance(manifest, dict) and manifest.get("command") != PRETRAIN_COMMAND:
-            return  # a file of the same name that is not ours
-        files = manifest["files"]
-        expected = {name: files[name] for name in files if name.startswith(f"{folder.name}/")}
-    except (StoreError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: damaged; {remedy}") from error
-    for name, known in expected.items():
-        try:
-            found = file_hash(folder.parent / name)
-        except OSError as error:
-            raise ModelError(f"{folder.parent / name}: {error.strerror}; {remedy}") from error
-        if found != known:
-            raise ModelError(f"{folder.parent / name}: damaged (hash {found}, {path} has {known}); {remedy}")
 
 
 def build_tokenizer(folder: Path = PRETRAINED / "tokenizer") -> PreTrainedTokenizerFast:

@@ -14,9 +14,10 @@ from typing import Any
 from prebench.data.examples import corpus
 from prebench.data.questions import LETTER_SUFFIX, SHORT_SUFFIX
 from prebench.data.text_scenes import PHRASES
-from prebench.model.builder import MANIFEST, PRETRAIN_COMMAND, PRETRAINED, build_processor
+from prebench.model.builder import build_processor
 from prebench.model.pretrain_language import LanguageRecipe, pretrain_language
 from prebench.model.pretrain_tower import TowerRecipe, pretrain_tower
+from prebench.model.sources import MANIFEST, PRETRAIN_COMMAND, PRETRAINED
 from prebench.model.tokenizer import train_tokenizer
 from prebench.runtime import derive_seed, file_hash, prepare_cpu, seed_everything, versions
 from prebench.schema import VisionTowerConfig

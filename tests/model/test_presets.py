@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from prebench.config import load_preset, load_suite, load_variant
 from prebench.data.encoding import IGNORE_INDEX, encode_example
 from prebench.errors import ModelError
-from prebench.model.builder import build_model, model_processor, parts_hash
+from prebench.model.builder import build_model, model_processor
 from prebench.model.freezing import freeze_for_stage
+from prebench.model.sources import parts_hash
 from prebench.schema import StudyConfig
 from prebench.study import runs
 from prebench.train_runs import train_runs

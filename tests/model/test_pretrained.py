@@ -8,7 +8,8 @@ import torch
 from prebench.config import load_preset
 from prebench.data.questions import LETTER_SUFFIX, SHORT_SUFFIX
 from prebench.data.scenes import generate_scene, render
-from prebench.model.builder import PRETRAINED, build_model, build_processor, build_tokenizer, vision_features
+from prebench.model.builder import build_model, build_processor, build_tokenizer, vision_features
+from prebench.model.sources import PRETRAINED
 from prebench.runtime import file_hash
 from prebench.store import read_json
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from prebench.errors import ModelError
-from prebench.model.builder import PRETRAINED, build_model, build_tokenizer, parts_hash
+from prebench.model.builder import build_model, build_tokenizer
+from prebench.model.sources import PRETRAINED, parts_hash
 from prebench.schema import ModelConfig
 
 
