@@ -71,8 +71,13 @@ def pixel_hash(rgb: Image.Image) -> str:
     Args:
         rgb: from `to_rgb`.
     """
-    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
-    digest.update(rgb.tobytes())
+    return hash_of_pixels(rgb.size, rgb.tobytes())
+
+
+def hash_of_pixels(size: tuple[int, int], pixels: bytes) -> str:
+    """Return what `pixel_hash` does, from width, height and the RGB bytes."""
+    digest = hashlib.sha256(f"{size[0]}x{size[1]}:".encode())
+    digest.update(pixels)
     return digest.hexdigest()[:16]
 
 

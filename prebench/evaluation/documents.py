@@ -60,7 +60,8 @@ class DecodedOnce:
             start = place - place % ROWS_AT_ONCE
             rows = self._documents[start : start + ROWS_AT_ONCE]
             self._block = start, rows
-        return {name: copy.deepcopy(values[place - start]) for name, values in rows.items()}
+        row = {name: values[place - start] for name, values in rows.items()}
+        return {name: value if name in self._pictures else copy.deepcopy(value) for name, value in row.items()}
 
     def _picture(self, name: str, stored: dict[str, Any]) -> PILImage.Image:
         content = stored["bytes"]

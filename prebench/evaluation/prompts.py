@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prebench.errors import one_line
-from prebench.images import marked_reason, pixel_hash, require_size, to_rgb
+from prebench.images import hash_of_pixels, marked_reason, require_size, to_rgb
 from prebench.records import content_hash
 
 Messages = Sequence[Mapping[str, Any]]
@@ -44,6 +44,16 @@ IMAGES_AT_ONCE = 8
 """Images of equal size that are preprocessed in one call: one at a time costs twice as much, more at once no less."""
 CACHED_BYTES = 4_000_000
 """Preprocessed images that are kept for the next windows: questions about an image mostly stand side by side."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Messages whose images have been looked at."""
+
+    chat: list[dict[str, Any]]
+    """What the chat template sees: the messages without pixels."""
+    images: tuple[str, ...]
+    """Content hashes, in the order of the messages."""
 
 
 @dataclass(frozen=True)
@@ -174,16 +184,6 @@ class ImageStore:
             self._num_bytes -= self._inputs.popitem(last=False)[1].num_bytes
 
 
-def _rgb_and_hash(image: Image.Image) -> tuple[str, Image.Image]:
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"an image was expected, not {type(image).__name__}")
-    require_size(image)
-    rgb = to_rgb(image)
-    if reason := marked_reason(rgb):
-        raise ValueError(f"unreadable when the mirror was made: {reason}")
-    return pixel_hash(rgb), rgb
-
-
 class PromptBuilder:
     """Renders messages with the model's chat template and expands image tokens as its processor does."""
 
@@ -192,33 +192,65 @@ class PromptBuilder:
         self._image_token_id = image_token_id
         self._context_length = context_length
         self._expand_ids = self._expansion_is_local()
+        self._latest: tuple[tuple[int, int], bytes, str] = (0, 0), b"", ""  # size, pixels and hash
         self.images = ImageStore(processor, image_token_id)
 
-    def read(self, messages: Messages) -> tuple[Prompt, dict[str, Image.Image]]:
-        """Return the rendered prompt and its images in RGB, by content hash.
+    def look(self, messages: Messages) -> tuple[Draft, dict[str, Image.Image]]:
+        """Return what is to be rendered, and the images in RGB, by content hash.
 
         Args:
             messages: Hugging Face chat schema with PIL images inside: `{"type": "image", "image": image}`.
 
         Raises:
-            ValueError and other DOCUMENT_ERRORS: an image is broken, or placeholders and images do not match.
+            ValueError and other DOCUMENT_ERRORS: an image is broken.
         """
-        images = [_rgb_and_hash(part["image"]) for part in _image_parts(messages)]
-        text = self._processor.apply_chat_template(
-            _without_pixels(messages), tokenize=False, add_generation_prompt=True
-        )
+        images = [self._rgb_and_hash(part["image"]) for part in _image_parts(messages)]
+        return Draft(_without_pixels(messages), tuple(key for key, _ in images)), dict(images)
+
+    def render(self, drafts: Sequence[Draft]) -> list[Prompt | str]:
+        """Render drafts together; a line of error stands where the chat template can't, or loses an image."""
+        texts = self._texts([draft.chat for draft in drafts])
+        return [self._rendered(draft, text) for draft, text in zip(drafts, texts, strict=True)]
+
+    def _rendered(self, draft: Draft, text: str | Exception) -> Prompt | str:
+        if isinstance(text, Exception):
+            return one_line(text)
+        keys = draft.images
         placeholders = text.count(self._processor.image_token)
-        if placeholders != len(images):
-            raise ValueError(f"the prompt holds {placeholders} image tokens for {len(images)} images")
-        keys = tuple(key for key, _ in images)
+        if placeholders != len(keys):
+            return f"ValueError: the prompt holds {placeholders} image tokens for {len(keys)} images"
         image_hash = keys[0] if len(keys) == 1 else content_hash(keys) if keys else ""
-        return Prompt(text, keys, content_hash(text), image_hash), dict(images)
+        return Prompt(text, keys, content_hash(text), image_hash)
+
+    def _texts(self, chats: list[list[dict[str, Any]]]) -> list[str | Exception]:
+        """Return each rendered chat: one call for all takes half as long per chat, and what fails is tried alone."""
+        try:
+            template = self._processor.apply_chat_template
+            return template(chats, tokenize=False, add_generation_prompt=True) if chats else []
+        except DOCUMENT_ERRORS as error:
+            return [error] if len(chats) == 1 else [self._texts([chat])[0] for chat in chats]
+
+    def _rgb_and_hash(self, image: Image.Image) -> tuple[str, Image.Image]:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"an image was expected, not {type(image).__name__}")
+        require_size(image)
+        rgb = to_rgb(image)
+        if reason := marked_reason(rgb):
+            raise ValueError(f"unreadable when the mirror was made: {reason}")
+        return self._hash(rgb), rgb
+
+    def _hash(self, rgb: Image.Image) -> str:
+        """Return `pixel_hash`; questions about one image mostly follow each other, and comparing is faster."""
+        pixels = rgb.tobytes()
+        if (rgb.size, pixels) != self._latest[:2]:
+            self._latest = rgb.size, pixels, hash_of_pixels(rgb.size, pixels)
+        return self._latest[2]
 
     def encode(self, prompts: Sequence[Prompt], images: Images) -> list[Encoded | str]:
         """Tokenise prompts together; a line of error stands where one has no room, no token, or a broken image.
 
         Args:
-            prompts: from `read`.
+            prompts: from `render`.
             images: their images, from `ImageStore.take`.
         """
         rows = self._token_ids([prompt.text for prompt in prompts])

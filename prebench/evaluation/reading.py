@@ -15,7 +15,7 @@ from PIL import Image
 
 from prebench.errors import one_line
 from prebench.evaluation.generation import Answer, GenerationRequest, Known
-from prebench.evaluation.prompts import DOCUMENT_ERRORS, Encoded, Images, Prompt, PromptBuilder
+from prebench.evaluation.prompts import DOCUMENT_ERRORS, Draft, Encoded, Images, Prompt, PromptBuilder
 
 WINDOW = 128
 """Requests that are looked at together for shared prefixes: more are hardly faster, and need more memory."""
@@ -79,22 +79,37 @@ def read_windows(
 
 def _read(builder: PromptBuilder, requests: Iterator[GenerationRequest]) -> _Read | None:
     """Read at most WINDOW requests, fewer where their images are large; None at the end."""
-    read = _Read([], [], pixels := {})
+    drafts: list[tuple[GenerationRequest, Draft]] = []
+    failed: list[Answer] = []
+    pixels: dict[str, Image.Image] = {}
     num_bytes = 0
     for request in requests:
         try:
             messages = request.messages() if callable(request.messages) else request.messages
-            prompt, images = builder.read(messages)
+            draft, images = builder.look(messages)
         except DOCUMENT_ERRORS as error:
-            read.failed.append(Answer(request.key, None, one_line(error), "", ""))
+            failed.append(_unread(request, one_line(error)))
         else:
-            read.prompts.append((request, prompt))
+            drafts.append((request, draft))
             new = {key: image for key, image in images.items() if key not in pixels and key not in builder.images}
             pixels.update(new)
             num_bytes += sum(max(3 * im.width * im.height, builder.images.largest) for im in new.values())
-        if len(read.prompts) + len(read.failed) >= WINDOW or num_bytes >= WINDOW_BYTES:
-            return read
-    return read if read.prompts or read.failed else None
+        if len(drafts) + len(failed) >= WINDOW or num_bytes >= WINDOW_BYTES:
+            break
+    if not drafts and not failed:
+        return None
+    prompts: list[tuple[GenerationRequest, Prompt]] = []
+    rendered = builder.render([draft for _, draft in drafts])
+    for (request, _), prompt in zip(drafts, rendered, strict=True):
+        if isinstance(prompt, str):
+            failed.append(_unread(request, prompt))
+        else:
+            prompts.append((request, prompt))
+    return _Read(prompts, failed, pixels)
+
+
+def _unread(request: GenerationRequest, error: str) -> Answer:
+    return Answer(request.key, None, error, "", "")
 
 
 def _ask(read: _Read, known: Known | None) -> tuple[list[Answer], list[tuple[GenerationRequest, Prompt]], dict]:

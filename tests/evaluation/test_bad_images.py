@@ -131,7 +131,8 @@ def test_texts_that_can_not_be_asked_are_errors_with_their_reason(engine: Engine
 
 
 def _length(engine: Engine, messages: list[dict]) -> int:
-    prompt, pixels = engine._prompts.read(messages)
+    draft, pixels = engine._prompts.look(messages)
+    (prompt,) = engine._prompts.render([draft])
     (encoded,) = engine._prompts.encode([prompt], engine._prompts.images.take(prompt.images, pixels))
     return len(encoded.ids)
 

@@ -175,7 +175,8 @@ def test_image_tokens_are_expanded_as_the_processor_does(engine) -> None:
     messages = [
         {"role": "user", "content": [*_messages("", _image(0))[0]["content"], *_messages("a", _image(1))[0]["content"]]}
     ]
-    prompt, pixels = builder.read(messages)
+    draft, pixels = builder.look(messages)
+    (prompt,) = builder.render([draft])
     images = builder.images.take(prompt.images, pixels)
     text = engine.processor.apply_chat_template(prompts._without_pixels(messages), add_generation_prompt=True)
     expected = engine.processor(text=text, images=[_image(0), _image(1)])["input_ids"][0]
