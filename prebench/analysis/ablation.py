@@ -104,6 +104,8 @@ def _row(study: Study, config: VariantConfig) -> dict[str, Any]:
     for field in ("type", "weight", "layer", "anchor", "level"):
         found = getattr(block, field, None)
         values[field] = " ".join(map(str, found)) if isinstance(found, tuple) else found
+    if block is not None and (own := block.model_dump(mode="json", exclude=set(PredictiveConfig.model_fields))):
+        values["own_fields"] = ", ".join(f"{name} {value}" for name, value in own.items())
     values["n_seeds"] = len(study.of_variant(config.name))
     for task in study.tasks:
         title = marked(task.label, task.data_source)
@@ -187,4 +189,5 @@ def _block(row: dict[str, Any]) -> str:
     layer = str(row["layer"]).replace("three_quarters", "3/4").replace("quarter", "1/4").replace("half", "1/2")
     parts = [row["type"].replace("_", " "), f"λ {row['weight']:g}", f"layer {layer}"]
     parts += [str(row[name]).replace("_", "-") for name in ("anchor", "level") if isinstance(row[name], str)]
+    parts += [row["own_fields"]] if isinstance(row.get("own_fields"), str) else []
     return ", ".join(parts) if NOT_DEFINED not in parts else ""
