@@ -39,6 +39,12 @@ class LossTerms:
         # Without any image the sum is 0, but the predictor stays in the graph: processes wait for its gradients.
         return lm_loss + (weight if weight > 0 else 1.0) * self.pre_sum / max(1, num_images)
 
+    def detached(self, with_anchor: bool) -> LossTerms:
+        """Return the sums alone, to be kept until the step's end: no graph, and an empty anchor unless it is wanted."""
+        pre_sum = None if self.pre_sum is None else self.pre_sum.detach()
+        anchor = self.anchor if with_anchor else self.anchor.new_empty(0)
+        return LossTerms(self.lm_sum.detach(), pre_sum, anchor)
+
 
 class Objective(nn.Module):
     """Model and regularizer as one module, so that accelerate wraps, shards and synchronises them together."""

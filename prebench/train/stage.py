@@ -218,7 +218,8 @@ class Stage:
                 # Processes average their gradients; the factor turns the mean into the global batch's sum.
                 loss = term.total(targets, images, weight) * accelerator.num_processes
                 accelerator.backward(loss)
-            terms.append(term)
+            terms.append(term.detached(with_anchor=last))
+            del term, loss
         return terms, (targets, images, stop)
 
     def _require_finite(self, line: LogLine, step: int, batches: list[Batch], terms: list[LossTerms]) -> None:
