@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from prebench.cli_analysis import compare, plan
 from prebench.cli_options import (
     chosen_study,
     jobs_option,
+    launch_option,
     mirror_option,
     results_option,
     study_option,
@@ -23,6 +25,7 @@ from prebench.cli_probe import probe
 from prebench.cli_tools import doctor, pretrain
 from prebench.cli_tools import mirror as mirror_command
 from prebench.errors import ConfigError, user_error
+from prebench.launch import note_failure, note_worker
 
 if TYPE_CHECKING:
     from prebench.schema import StudyConfig
@@ -40,6 +43,7 @@ class _Group(click.Group):
             known = user_error(error)
             if known is None:
                 raise
+            note_failure(known)
             click.echo(f"prebench: {' '.join(str(known).split())}", err=True)
             ctx.exit(known.exit_code)
 
@@ -97,8 +101,18 @@ def main() -> None:
 @mirror_option
 @jobs_option
 @tracker_option
+@launch_option
+@click.option("--prepare", is_flag=True, help="Make study and shared caches, and stop; `prebench train --run` follows.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
-def run(results: Path, dry_run: bool, jobs: int | None, mirror: Path | None, **request: Any) -> None:
+def run(
+    results: Path,
+    dry_run: bool,
+    prepare: bool,
+    jobs: int | None,
+    mirror: Path | None,
+    launch: str | None,
+    **request: Any,
+) -> None:
     """Train, evaluate, probe and tabulate a study; go on where it stopped.
 
     The same command on a finished study does nothing; more seeds, variants or tasks extend it; another preset or recipe
@@ -112,6 +126,8 @@ def run(results: Path, dry_run: bool, jobs: int | None, mirror: Path | None, **r
       prebench run --suite full --name short --set train.instruct.steps=300
       prebench run --suite full --name dynamics --set 'train.snapshots=[0.1, 0.25, 0.5]'
                                                  probes and benchmarks during training, too
+      prebench run --suite full --launch 'accelerate launch --num_processes 8'
+                                                 each run is trained by eight processes
     """
     from prebench import pipeline
     from prebench.study import plan_study
@@ -119,9 +135,12 @@ def run(results: Path, dry_run: bool, jobs: int | None, mirror: Path | None, **r
     config = _study_config(**request)
     folder = results / config.name
     if dry_run:
-        _echo_plan(folder, plan_study(folder, config), mirror)
+        _echo_plan(folder, plan_study(folder, config), mirror, launch)
         return
-    paths = pipeline.run_study(folder, config, jobs, mirror)
+    if prepare:
+        pipeline.prepare(folder, config)
+        return
+    paths = pipeline.run_study(folder, config, jobs, mirror, launch)
     if paths:
         _echo_summary(folder, paths)
 
@@ -157,8 +176,9 @@ def _study_config(
     return validate(StudyConfig, values, f"study {study_name}")
 
 
-def _echo_plan(folder: Path, config: StudyConfig, mirror: Path | None) -> None:
+def _echo_plan(folder: Path, config: StudyConfig, mirror: Path | None, launch: str | None) -> None:
     from prebench import pipeline
+    from prebench.launch import train_command
 
     todo = pipeline.plan(folder, config, mirror)
     recipe = config.preset.train
@@ -170,6 +190,8 @@ def _echo_plan(folder: Path, config: StudyConfig, mirror: Path | None) -> None:
         click.echo(f"snapshots  of every run after instruct steps {steps}: each takes the disk space of one more model")
     click.echo(f"trained    {', '.join(todo.done) or 'none'}")
     click.echo(f"to train   {', '.join(todo.train) or 'none'}")
+    if launch is not None:
+        click.echo(f"launch     {shlex.join(train_command(launch, folder, ()))}")
     click.echo(f"tasks      {', '.join(todo.tasks)}")
     click.echo("nothing was written")
 
@@ -187,16 +209,25 @@ def _echo_summary(folder: Path, paths: Sequence[Path]) -> None:
 @main.command()
 @study_option
 @results_option
+@click.option("--run", "names", multiple=True, metavar="RUN", help="Train this run alone, such as pre-s0; repeatable.")
 @jobs_option
 @tracker_option
-def train(study: str | None, results: Path, jobs: int | None) -> None:
-    """Train and export the study's missing runs, and nothing else."""
-    from prebench import pipeline
-    from prebench.study import locked, read_study
+@launch_option
+def train(study: str | None, results: Path, names: tuple[str, ...], jobs: int | None, launch: str | None) -> None:
+    """Train and export the study's missing runs, and nothing else.
 
+    Several of these commands may work on one study at a time, each on runs of its own.
+    """
+    from prebench import pipeline
+    from prebench.study import read_study, shared
+
+    note_worker()
     folder = chosen_study(results, study)
-    with locked(folder):  # of several processes, process 0 holds the study
-        pipeline.train_all(folder, read_study(folder), jobs)
+    if launch is not None:
+        pipeline.train_launched(folder, read_study(folder), launch, names)
+        return
+    with shared(folder):  # of several processes, process 0 holds study and runs
+        pipeline.train_all(folder, read_study(folder), jobs, names)
 
 
 @main.command()

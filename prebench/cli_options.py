@@ -37,6 +37,12 @@ def jobs_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--jobs", type=click.IntRange(min=1), help=help_text)(function)
 
 
+def launch_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --launch."""
+    help_text = "Train each run in the processes that this command starts, such as 'accelerate launch' or torchrun."
+    return click.option("--launch", metavar="COMMAND", help=help_text)(function)
+
+
 def mirror_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --mirror."""
     return click.option(

@@ -43,7 +43,11 @@ Final training losses: lm_loss {lm_loss}, pre_loss {pre_loss}. Configuration has
 
 
 def export(
-    model: LlavaForConditionalGeneration, processor: Any, folder: Path, manifest: dict[str, Any]
+    model: LlavaForConditionalGeneration,
+    processor: Any,
+    folder: Path,
+    manifest: dict[str, Any],
+    weights: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the folder as a whole or not at all, and return the completed manifest.
 
@@ -52,6 +56,7 @@ def export(
         processor: its processor with the chat template.
         folder: target; replaced if it exists.
         manifest: variant, seed, config_hash, parts_hash, dtype, num_layers, regularizer_layer, lm_loss, pre_loss.
+        weights: the model's state dict where its own weights are spread over processes; None takes its own.
 
     Raises:
         StoreError: the folder can't be written.
@@ -61,7 +66,7 @@ def export(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".export-"))
         temporary.chmod(0o755)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         processor.save_pretrained(temporary)
         complete = manifest | {
             "weights_hash": weights_hash(temporary),

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prebench.errors import StoreError
+from prebench.errors import ConfigError, StoreError, did_you_mean
 from prebench.jobs import choose_jobs
 from prebench.progress import say
 from prebench.records import content_hash
 from prebench.runtime import leave_launcher, process_index
 from prebench.schema import StudyConfig, SuiteConfig
-from prebench.study import Run, locked, open_study, plan_study, runs, snapshots
+from prebench.study import Run, in_turn, locked, open_study, plan_study, run_locked, runs, shared, snapshots
 
 MIRROR = "mirror"
 ANSWERS = ".answers"
@@ -72,7 +73,13 @@ def choose_mirror(suite: SuiteConfig, tasks: Sequence[str], named: Path | None) 
     return folder
 
 
-def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None, mirror: Path | None = None) -> list[Path]:
+def run_study(
+    folder: Path,
+    requested: StudyConfig,
+    jobs: int | None = None,
+    mirror: Path | None = None,
+    launch: str | None = None,
+) -> list[Path]:
     """Carry a study through every stage and return the paths of its tables and figures.
 
     Where a launcher started several processes, all of them train; process 0 does the rest, and the others return [].
@@ -82,6 +89,7 @@ def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None, mir
         requested: what it is to hold.
         jobs: processes; None chooses by cores and memory.
         mirror: the user's folder with real benchmarks; see `choose_mirror`.
+        launch: starts the training's processes (`prebench.launch`); None trains here.
 
     Raises:
         PrebenchError: bad input, a study made with another configuration, a failed stage; nothing computed is lost.
@@ -91,31 +99,90 @@ def run_study(folder: Path, requested: StudyConfig, jobs: int | None = None, mir
     if process_index() > 0:
         train_all(folder, planned, jobs)
         return []
+    if launch is not None:
+        with locked(folder):
+            config = open_study(folder, requested)
+        train_launched(folder, config, launch)
     with locked(folder):
         config = open_study(folder, requested)
-        train_all(folder, config, jobs)
+        if launch is None:
+            train_all(folder, config, jobs)
         leave_launcher()
         evaluate_all(folder, config, config.suite.task_names, jobs, mirror)
         return write_report(folder, mirror)
 
 
-def train_all(folder: Path, config: StudyConfig, jobs: int | None = None) -> None:
+def prepare(folder: Path, requested: StudyConfig) -> None:
+    """Make a study and the caches that its runs share, and train nothing: jobs that train runs side by side come next.
+
+    Args:
+        folder: the study.
+        requested: what it is to hold.
+    """
+    from prebench.train_runs import prepare_inputs
+
+    with locked(folder):
+        config = open_study(folder, requested)
+        write_manifest(folder)
+        prepare_inputs(folder, config)
+
+
+def train_launched(folder: Path, config: StudyConfig, launch: str, names: Sequence[str] = ()) -> None:
+    """Train the missing runs, or those of them that are named, in the processes of a launcher.
+
+    Args:
+        folder: the study.
+        config: its configuration.
+        launch: the launcher's words, such as "accelerate launch --num_processes 8".
+        names: runs.
+    """
+    from prebench.launch import launched, train_command
+
+    command = train_command(launch, folder, names)
+    if all(is_trained(run, config) for run in chosen_runs(folder, config, names)):
+        say("train: every run is trained already")
+        return
+    with shared(folder):
+        launched(command, folder)
+
+
+def chosen_runs(folder: Path, config: StudyConfig, names: Sequence[str] = ()) -> list[Run]:
+    """Return the study's runs, or those that are named.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    found = {run.name: run for run in runs(folder, config)}
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"--run: unknown run {name!r}{did_you_mean(name, found)}")
+    return [run for run in found.values() if not names or run.name in names]
+
+
+def train_all(folder: Path, config: StudyConfig, jobs: int | None = None, names: Sequence[str] = ()) -> None:
     """Train and export the runs that are missing: several at a time, or each with all processes of a launcher.
 
     Args:
         folder: the study.
         config: its configuration.
         jobs: processes; None chooses by cores and memory (`prebench.jobs.choose_jobs`).
+        names: runs; none: all.
+
+    Raises:
+        StoreError: another process trains one of the runs.
     """
-    if process_index() == 0:
-        write_manifest(folder)
-    todo = [run for run in runs(folder, config) if not is_trained(run, config)]
+    write_manifest(folder)
+    todo = [run for run in chosen_runs(folder, config, names) if not is_trained(run, config)]
     if not todo:
         say("train: every run is trained already")
         return
     from prebench.train_runs import train_runs
 
-    train_runs(folder, config, todo, jobs)
+    with ExitStack() as held:
+        for run in todo:
+            held.enter_context(run_locked(run))
+        # Another process may have finished one before this one could hold it.
+        train_runs(folder, config, [run for run in todo if not is_trained(run, config)], jobs)
 
 
 def is_trained(run: Run, config: StudyConfig) -> bool:
@@ -228,9 +295,13 @@ def write_manifest(folder: Path) -> None:
     """Record where the study was made; a study continued elsewhere keeps one entry per place."""
     from prebench.runtime import git_commit, hardware, versions
     from prebench.store import read_json, write_json
+    from prebench.train_runs import CACHE
 
+    if process_index() > 0:
+        return
     path = folder / "manifest.json"
     entry = {"versions": versions(), "git_commit": git_commit(), "hardware": hardware()}
-    entries = read_json(path) if path.is_file() else []
-    if entry not in entries:
-        write_json(path, [*entries, entry])
+    with in_turn(folder / CACHE):
+        entries = read_json(path) if path.is_file() else []
+        if entry not in entries:
+            write_json(path, [*entries, entry])

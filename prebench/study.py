@@ -1,4 +1,4 @@
-"""A study on disk: opening, extending, or refusing it. One process works on a study at a time.
+"""A study on disk: opening, extending, or refusing it. One process works on a study at a time; several may train runs.
 
 The configuration of what was computed never changes under a study's name: seeds, variants and tasks can be added; a
 changed preset, variant or task is refused with the difference.
@@ -162,15 +162,25 @@ def _comparable(model: object) -> dict[str, object]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the halves that a killed process left, and checkpoints of finished runs: models can be large."""
-    for manifest in folder.glob("runs/*/model/prebench.json"):
-        shutil.rmtree(manifest.parent.parent / CHECKPOINTS, ignore_errors=True)
-    parts = ("runs/*/.export-*", "runs/*/.probe-*", "runs/*/snapshots/*/.export-*", "runs/*/snapshots/*/.probe-*")
-    for pattern in (".mirror.partial", *parts):
+    """Remove the halves that killed processes left."""
+    for pattern in (".mirror.partial", ".launch-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for parent in ("cache", "runs/*", "runs/*/eval", "runs/*/snapshots/*", "runs/*/snapshots/*/eval"):
-        for path in folder.glob(f"{parent}/.*{TEMPORARY}"):
+    for path in folder.glob(f"cache/.*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+    for run in folder.glob("runs/*"):
+        _remove_leftovers_of_run(run)
+
+
+def _remove_leftovers_of_run(run: Path) -> None:
+    """Remove what killed processes left in a run's folder, and its checkpoints once it is finished."""
+    if (run / "model" / "prebench.json").is_file():
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)  # models can be large
+    for pattern in (".export-*", ".probe-*", "snapshots/*/.export-*", "snapshots/*/.probe-*"):
+        for path in run.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for parent in ("", "eval/", "snapshots/*/", "snapshots/*/eval/"):
+        for path in run.glob(f"{parent}.*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
@@ -181,6 +191,51 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: another process works on it, or the folder can't be written.
     """
+    with _held(folder, fcntl.LOCK_EX, "another prebench process works on this study; wait for it"):
+        if process_index() == 0:
+            _remove_leftovers(folder)
+        yield
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Hold the study as it is, beside other processes that train other runs of it; as `locked` else.
+
+    Raises:
+        StoreError: a process works on the whole study, or the folder can't be written.
+    """
+    with _held(folder, fcntl.LOCK_SH, "another prebench process works on this study; wait for it"):
+        yield
+
+
+@contextmanager
+def run_locked(run: Run) -> Iterator[None]:
+    """Hold one run of the study; as `locked` else.
+
+    Raises:
+        StoreError: another process trains it, or the folder can't be written.
+    """
+    busy = "another prebench process trains this run; wait for it, or name others with --run"
+    with _held(run.folder, fcntl.LOCK_EX, busy):
+        if process_index() == 0:
+            _remove_leftovers_of_run(run.folder)
+        yield
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process is inside this block with the same folder; as `locked` else.
+
+    Raises:
+        StoreError: the folder can't be written.
+    """
+    with _held(folder, fcntl.LOCK_EX, None):
+        yield
+
+
+@contextmanager
+def _held(folder: Path, kind: int, busy: str | None) -> Iterator[None]:
+    """Hold a folder's lock file; `busy` is what to say where another process holds it, None waits."""
     if process_index() > 0:
         yield
         return
@@ -193,10 +248,14 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind if busy is None else kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"{folder}: {busy}") from error
         except OSError as error:
-            raise StoreError(f"{folder}: another prebench process works on this study; wait for it") from error
-        _remove_leftovers(folder)
+            raise StoreError(
+                f"{folder}: this file system can't lock files ({error.strerror}), so that two processes could write "
+                "one study; mount it with locks (Lustre: -o flock), or choose another folder with --results"
+            ) from error
         yield
     finally:
         os.close(handle)

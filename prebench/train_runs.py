@@ -17,7 +17,7 @@ from prebench.jobs import Job, Report, choose_jobs, run_jobs
 from prebench.progress import ProgressLine, say
 from prebench.records import content_hash
 from prebench.schema import StudyConfig, installed_regularizer, package_of
-from prebench.study import CHECKPOINTS, Run, snapshot_folder
+from prebench.study import CHECKPOINTS, Run, in_turn, runs, snapshot_folder
 
 if TYPE_CHECKING:
     from prebench.train.loop import TrainingInputs
@@ -45,7 +45,7 @@ def train_runs(folder: Path, config: StudyConfig, todo: Sequence[Run], jobs: int
         _train_together(folder, config, todo)
         return
     number = choose_jobs(jobs, len(todo), recipe.cpu_threads, choose_device(recipe.device).type)
-    inputs = load_inputs(folder, config)
+    inputs = prepare_inputs(folder, config)
     total = recipe.total_steps
     if number > 1:
         work = {run.name: Job(f"train {run.name}", total, (folder, config, run)) for run in todo}
@@ -58,13 +58,14 @@ def train_runs(folder: Path, config: StudyConfig, todo: Sequence[Run], jobs: int
 
 def _train_together(folder: Path, config: StudyConfig, todo: Sequence[Run]) -> None:
     """Train each run with all processes of the launcher; process 0 alone writes and shows progress."""
-    from prebench.train.processes import join_processes, leave_processes
+    from prebench.train.processes import join_processes, leave_processes, on_main
 
     recipe = config.preset.train
     processes = join_processes(recipe.device)
     with processes.main_process_first():  # what it computes lies in the study's cache for the others
-        inputs = load_inputs(folder, config)
-    for run in todo:
+        inputs = prepare_inputs(folder, config)
+    names = on_main(lambda: [run.name for run in todo])
+    for run in (run for run in runs(folder, config) if run.name in names):
         if processes.is_main_process:
             with ProgressLine(f"train {run.name} ({processes.num_processes} processes)", recipe.total_steps) as line:
                 train_run(run, config, inputs, line.update)
@@ -86,6 +87,12 @@ def dtype_name(config: StudyConfig) -> str:
 
     recipe = config.preset.train
     return str(choose_dtype(recipe.dtype, choose_device(recipe.device))).removeprefix("torch.")
+
+
+def prepare_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
+    """Return `load_inputs`; of several processes that start at once, one computes what the study's cache lacks."""
+    with in_turn(folder / CACHE):
+        return load_inputs(folder, config)
 
 
 def load_inputs(folder: Path, config: StudyConfig) -> TrainingInputs:
@@ -191,11 +198,12 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
     from prebench.export import export
     from prebench.model.builder import build_model
     from prebench.model.visual_states import num_layers
-    from prebench.runtime import sigterm_noted
+    from prebench.runtime import process_index, sigterm_noted
     from prebench.train.checkpoint import Checkpoints
     from prebench.train.log import RunLog
     from prebench.train.loop import build_regularizer, train
     from prebench.train.processes import on_main
+    from prebench.train.sharding import whole_state
 
     variant = next(v for v in config.variants if v.name == run.variant)
     recipe = config.preset.train
@@ -214,7 +222,7 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
         pre = "" if entry["pre_loss"] is None else f", pre_loss {entry['pre_loss']:.3f}"
         report(done, f"{entry['stage']}: lm_loss {entry['lm_loss']:.3f}{pre}")
 
-    def write(folder: Path, **more: Any) -> None:
+    def write(folder: Path, weights: dict[str, Any] | None = None, **more: Any) -> None:
         manifest = {
             "variant": run.variant,
             "seed": run.seed,
@@ -229,11 +237,12 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
             "pre_loss": log.last.get("pre_loss"),
             "train_seconds": round(checkpoints.seconds, 1),
         }
-        export(model, inputs.processor, folder, manifest | more)
+        export(model, inputs.processor, folder, manifest | more, weights)
 
     def keep_snapshot(stage: str, done: int) -> None:
         if stage == "instruct" and done in recipe.snapshot_steps:
-            on_main(lambda: write(snapshot_folder(run.folder, done) / "model", step=done))
+            weights = whole_state(model, process_index() == 0)
+            on_main(lambda: write(snapshot_folder(run.folder, done) / "model", weights, step=done))
 
     with sigterm_noted() as stop, closing(log):
         train(model, regularizer, recipe, inputs, seed, note, checkpoints, stop, keep_snapshot)
@@ -250,6 +259,7 @@ def train_run(run: Run, config: StudyConfig, inputs: TrainingInputs, report: Rep
 def _run_key(run: Run, config: StudyConfig, inputs: TrainingInputs) -> dict[str, Any]:
     """Return what has to be equal for a run to go on from a checkpoint exactly as it would have gone on."""
     from prebench.runtime import choose_device, num_processes, versions
+    from prebench.train.sharding import asked_for
 
     return {
         "config_hash": content_hash(config.run_config(run.variant, run.seed)),
@@ -257,7 +267,7 @@ def _run_key(run: Run, config: StudyConfig, inputs: TrainingInputs) -> dict[str,
         **origin(config),
         **_own_package(config, run),
         "device": choose_device(config.preset.train.device).type,
-        "processes": num_processes(),
+        "processes": f"{num_processes()} (FSDP)" if asked_for() else num_processes(),
         "torch": versions()["torch"],
     }
 

@@ -6,6 +6,7 @@ that differs between two variants is the regularizer block that `build_regulariz
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 
@@ -34,7 +35,7 @@ from prebench.train.processes import join_processes, on_main, require_supported
 from prebench.train.regularizers.base import Regularizer
 from prebench.train.regularizers.norm_penalty import NormPenaltyRegularizer
 from prebench.train.regularizers.predictive import PredictiveRegularizer
-from prebench.train.sharding import make_whole, sharding_plugin
+from prebench.train.sharding import sharding_plugin, to_cpu
 from prebench.train.stage import Shared, Stage
 from prebench.train.trackers import tracked
 
@@ -126,10 +127,10 @@ def train(
     if found is not None:
         shared.trained.update(found.tensors["weights"])
     folder = None if checkpoints is None else checkpoints.folder.parent
-    with execution(model, config), tracked(log, folder, config) as tracked_log:
+    written = contextlib.nullcontext() if checkpoints is None else contextlib.closing(checkpoints)
+    with written, execution(model, config), tracked(log, folder, config) as tracked_log:
         _train_stages(dataclasses.replace(shared, log=tracked_log), inputs, found)
-    make_whole(shared.objective)
-    model.to("cpu")
+    to_cpu(shared.objective)
     model.eval()
 
 

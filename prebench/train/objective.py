@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.regularizer = regularizer
-        blocks = [language_model(model).layers[0], *model.model.vision_tower.encoder.layers[:1]]
-        self._no_split_modules = list(dict.fromkeys(type(block).__name__ for block in blocks))
+        stacks: list[Any] = [language_model(model).layers, model.model.vision_tower.encoder.layers]
+        self._no_split_modules = list(dict.fromkeys(type(block).__name__ for blocks in stacks for block in blocks))
         """Classes of which accelerate shards each instance on its own."""
 
     def forward(self, batch: Batch) -> LossTerms:

@@ -88,6 +88,15 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return found
 
 
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
+    """Return the state dict of a sharded model to be written, tied weights once; None of one that is not sharded."""
+    if not is_sharded(model):
+        return None
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return gathered({name: value for name, value in model.state_dict().items() if name not in tied}, keep)
+
+
 def like(tensor: Tensor, value: Tensor) -> Tensor:
     """Return a whole value, which every process has, spread as `tensor` is; numbers stay as they are."""
     if not isinstance(tensor, DTensor) or value.dim() == 0:
@@ -130,13 +139,16 @@ def computable(wrapped: nn.Module) -> Iterator[None]:
         wrapped.reshard()
 
 
-def make_whole(module: nn.Module) -> None:
-    """Replace sharded weights by whole ones on the CPU, in place: to be saved, not to be trained further."""
+def to_cpu(module: nn.Module) -> None:
+    """Move a module to the CPU; sharded weights are made whole there, to be saved and not to be trained further."""
+    if not is_sharded(module):
+        module.to("cpu")
+        return
     parts: dict[int, nn.Parameter] = {}
     for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                if id(parameter) not in parts:  # tied weights stay tied
-                    value = parameter.detach().full_tensor().cpu()
-                    parts[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-                setattr(owner, name, parts[id(parameter)])
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if id(parameter) not in parts:  # tied weights stay tied
+                parts[id(parameter)] = nn.Parameter(whole(parameter.detach()).cpu(), parameter.requires_grad)
+            setattr(owner, name, parts[id(parameter)])
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            owner._buffers[name] = buffer.cpu()
