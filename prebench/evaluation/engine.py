@@ -93,7 +93,8 @@ class Engine:
             requests: an iterator is enough; it is read in windows, in a thread of its own.
             known: asked for each rendered prompt; its text is the answer, and nothing is computed for it.
         """
-        return side_by_side(self._works(requests, known), num_workers(self.model))
+        for answers in side_by_side(self._works(requests, known), num_workers(self.model)):
+            yield from answers
 
     def extract(
         self, images: Sequence[Image.Image], masks: Sequence[np.ndarray | None], batch_size: int = 16
@@ -103,16 +104,16 @@ class Engine:
 
         return extract_features(self.model, self.processor, images, masks, batch_size=batch_size)
 
-    def _works(self, requests: Iterable[GenerationRequest], known: Known | None) -> Iterator[Work[Answer]]:
+    def _works(self, requests: Iterable[GenerationRequest], known: Known | None) -> Iterator[Work[list[Answer]]]:
         """Yield what is to be computed, batch by batch."""
         for window in read_windows(self._prompts, requests, known):
             if window.answers:
-                yield partial(iter, window.answers)
+                yield partial(iter, [window.answers])
             for batch in self._plan(window):
                 yield partial(self._shrinking, batch, window.images)
 
-    def _shrinking(self, groups: list[list[Job]], images: Images) -> Iterator[Answer]:
-        """Answer groups; where memory ended, later batches are smaller."""
+    def _shrinking(self, groups: list[list[Job]], images: Images) -> Iterator[list[Answer]]:
+        """Answer groups, batch by batch; where memory ended, later batches are smaller."""
         yield from self._answer(groups, images)
         if self._memory_ended:
             self._memory_ended = False
@@ -134,12 +135,12 @@ class Engine:
             for start in range(0, len(same_shape), at_once):
                 yield same_shape[start : start + at_once]
 
-    def _answer(self, groups: list[list[Job]], images: Images) -> Iterator[Answer]:
+    def _answer(self, groups: list[list[Job]], images: Images) -> Iterator[list[Answer]]:
         """Answer groups of equal prefix length; on an error halve them, until the one that fails stands alone."""
         prefixes = self._attempt(lambda: self._prefixes([group[0].encoded for group in groups], images))
         if isinstance(prefixes, str):
             if len(groups) == 1:
-                yield from (_failed(job, prefixes) for job in groups[0])
+                yield [_failed(job, prefixes) for job in groups[0]]
                 return
             half = len(groups) // 2
             yield from self._answer(groups[:half], images)
@@ -163,19 +164,18 @@ class Engine:
             count += 1
         return count
 
-    def _decode(self, prefixes: Prefixes | None, jobs: list[tuple[int, Job]]) -> Iterator[Answer]:
+    def _decode(self, prefixes: Prefixes | None, jobs: list[tuple[int, Job]]) -> Iterator[list[Answer]]:
         """Answer jobs, each with the place of its prefix; on an error halve them."""
         answers = self._attempt(lambda: self._continue(prefixes, jobs))
         if isinstance(answers, str):
             if len(jobs) == 1:
-                yield _failed(jobs[0][1], answers)
+                yield [_failed(jobs[0][1], answers)]
                 return
             half = len(jobs) // 2
             yield from self._decode(prefixes, jobs[:half])
             yield from self._decode(prefixes, jobs[half:])
             return
-        for (_, job), ids in zip(jobs, answers, strict=True):
-            yield self._finished(job, ids)
+        yield [self._finished(job, ids) for (_, job), ids in zip(jobs, answers, strict=True)]
 
     def _attempt(self, compute: Callable[[], T]) -> T | str:
         """Return what `compute` gives, or one line of error.

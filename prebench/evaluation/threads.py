@@ -16,6 +16,8 @@ import torch
 
 T = TypeVar("T")
 Work = Callable[[], Iterator[T]]
+Items = SimpleQueue[tuple[str, Any, Event]]
+"""What it is ("item", "end", "error"), its value, and the event to set when the caller is done with it."""
 
 MOST_WORKERS = 4
 """More batches at once need more memory, and larger ones per thread are no slower."""
@@ -34,6 +36,9 @@ def num_workers(model: Any) -> int:
 def side_by_side(works: Iterable[Work[T]], workers: int) -> Iterator[T]:
     """Run iterators in threads that share torch's cores, and yield their items as they come.
 
+    An iterator goes on when the caller is done with its last item: whoever writes items down loses, when killed, what
+    is being computed and no more.
+
     Args:
         works: functions that return an iterator; asked for one by one, when a thread is free.
         workers: how many are under way at once; with one there is no thread, and the items come in order.
@@ -45,18 +50,20 @@ def side_by_side(works: Iterable[Work[T]], workers: int) -> Iterator[T]:
         for work in works:
             yield from work()
         return
-    items: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    items: Items = SimpleQueue()
     abandoned = Event()
 
     def run(work: Work[T]) -> None:
         try:
             for item in work():
-                items.put(("item", item))
-                if abandoned.is_set():
+                done = Event()
+                items.put(("item", item, done))
+                if abandoned.is_set():  # before or after the queue was emptied: nobody waits for ever
                     return
-            items.put(("end", None))
+                done.wait()
+            items.put(("end", None, Event()))
         except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
-            items.put(("error", error))
+            items.put(("error", error, Event()))
 
     with _divided_cores(workers) as cores, ThreadPoolExecutor(workers, "prebench-compute", _prepare, (cores,)) as pool:
         try:
@@ -71,17 +78,22 @@ def side_by_side(works: Iterable[Work[T]], workers: int) -> Iterator[T]:
                 yield from _until_end(items)
         finally:
             abandoned.set()
+            while not items.empty():
+                items.get()[2].set()
 
 
-def _until_end(items: SimpleQueue[tuple[str, Any]]) -> Iterator[Any]:
+def _until_end(items: Items) -> Iterator[Any]:
     """Yield items until a work has ended."""
     while True:
-        kind, value = items.get()
+        kind, value, done = items.get()
         if kind == "error":
             raise value
         if kind == "end":
             return
-        yield value
+        try:
+            yield value
+        finally:
+            done.set()
 
 
 @contextmanager

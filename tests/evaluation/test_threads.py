@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -47,6 +48,21 @@ def test_works_meet(two_cores) -> None:
         yield barrier.wait()
 
     assert sorted(side_by_side([work, work], 2)) == [0, 1]
+
+
+def test_nothing_is_computed_before_the_last_item_is_done_with(two_cores) -> None:
+    """What is written down item by item loses, when killed, one item per thread."""
+    begun = []
+
+    def work(name: str) -> Iterator[tuple[str, int]]:
+        for number in range(3):
+            begun.append((name, number))
+            yield name, number
+
+    for name, number in side_by_side([partial(work, "a"), partial(work, "b")], 2):
+        time.sleep(0.02)
+        assert (name, number + 1) not in begun
+    assert len(begun) == 6
 
 
 def test_an_error_reaches_the_caller_and_ends_all(two_cores) -> None:
