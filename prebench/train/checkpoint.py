@@ -2,16 +2,20 @@
 
 A checkpoint is a folder `step-<steps done>` of safetensors files beside one JSON file that holds their hashes. It is
 written under a hidden name and renamed as a whole, so that a reader sees all of it or none. No pickle anywhere.
+
+Training waits for the copy of a checkpoint in memory alone; a thread writes it, hashes it and waits for the disk.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +73,8 @@ class Checkpoints:
         self._key = {"format": FORMAT, **key}
         self._seconds_before = 0.0
         self._started = time.perf_counter()
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     @property
     def seconds(self) -> float:
@@ -113,7 +119,10 @@ class Checkpoints:
         return Checkpoint(steps, tensors, content["state"])
 
     def save(self, steps: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint and remove all but the last two.
+        """Copy a checkpoint and begin to write it, and to remove all but the last two, while training goes on.
+
+        One is written at a time: this waits for the one before. What it writes is what was given, whatever changes
+        afterwards.
 
         Args:
             steps: optimiser steps done, over both stages.
@@ -121,20 +130,29 @@ class Checkpoints:
             state: values that JSON can hold.
 
         Raises:
+            StoreError: the one before can't be written, as `wait` says.
+        """
+        self.wait()
+        copies = {
+            file: {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+            for file, values in tensors.items()
+        }
+        now = {"log_bytes": self.log.position(), "seconds": self.seconds}
+        self._writing = self._writer.submit(self._write, steps, copies, copy.deepcopy(dict(state)) | now)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
             StoreError: the disk is full or the folder can't be written; earlier checkpoints are kept.
         """
-        try:
-            self._write(steps, tensors, dict(state))
-        except Exception as error:
-            if user_error(error) is None:
-                raise
-            kept = [folder.name for folder in self._folders()]
-            raise StoreError(
-                f"{self.folder}: the checkpoint of step {steps} can't be written ({_reason(error)}); kept: "
-                f"{kept[0] if kept else 'none before it'}; make room and start the same command again, it goes on there"
-            ) from error
-        for folder in self._folders()[KEEP:]:
-            shutil.rmtree(folder, ignore_errors=True)
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait for a write that is under way, and let its thread go; whether it succeeded no longer matters."""
+        self._writer.shutdown()
 
     def remove(self) -> None:
         """Remove all checkpoints: the run is exported."""
@@ -147,21 +165,30 @@ class Checkpoints:
         return self.folder / f"{STEP}{steps:08d}"
 
     def _write(self, steps: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
+        try:
+            self._write_folder(steps, tensors, state)
+        except Exception as error:
+            if user_error(error) is None:
+                raise
+            kept = [folder.name for folder in self._folders()]
+            raise StoreError(
+                f"{self.folder}: the checkpoint of step {steps} can't be written ({_reason(error)}); kept: "
+                f"{kept[0] if kept else 'none before it'}; make room and start the same command again, it goes on there"
+            ) from error
+        for folder in self._folders()[KEEP:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write_folder(self, steps: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=UNFINISHED))
         try:
             hashes = {}
             for name, values in tensors.items():
                 path = temporary / f"{name}{SUFFIX}"
-                save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+                save_file(dict(values), path)
                 hashes[path.name] = file_sha256(path)
                 _sync(path)
-            content = {
-                "key": self._key,
-                "steps": steps,
-                "files": hashes,
-                "state": state | {"log_bytes": self.log.position(), "seconds": self.seconds},
-            }
+            content = {"key": self._key, "steps": steps, "files": hashes, "state": state}
             write_json(temporary / STATE_FILE, content | {"hash": content_hash(content)})
             temporary.chmod(0o755)
             temporary.replace(self._path(steps))

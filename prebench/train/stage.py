@@ -258,6 +258,7 @@ class Stage:
         if stop or (every and steps % every == 0):
             self._save(checkpoints, steps, done)
         if stop:
+            on_main(checkpoints.wait)
             raise InterruptedRunError(
                 f"interrupted after step {steps} of {self._shared.config.total_steps}, which is saved; the same "
                 "command goes on there"
