@@ -17,7 +17,7 @@ from prebench.schema import StudyConfig
 from prebench.study import Run, in_turn, locked, run_locked, shared
 from tests.tiny_study import STUDY, assert_refused, call, run_command
 
-TWO = "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+TWO = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
 def test_the_command_names_study_and_runs(tmp_path):

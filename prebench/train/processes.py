@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,30 +23,40 @@ def join_processes(device: str) -> PartialState:
 
     Args:
         device: the recipe's.
+
+    Raises:
+        ConfigError: the launcher asks for DeepSpeed or Megatron.
     """
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(
+                f"the launcher asks for {name}, which clips model and predictor by one norm and steps before a loss is "
+                "looked at; start it with `accelerate launch --use_fsdp --fsdp_version 2`, which spreads weights, "
+                "gradients and optimiser states likewise"
+            )
     every_process_loads()
     return PartialState(cpu=choose_device(device).type == "cpu")
 
 
 def require_supported(kind: DistributedType) -> None:
-    """Refuse what the loop has never been seen to train with: DeepSpeed, Megatron, and FSDP where there is no GPU.
+    """Refuse what the loop has never been seen to train with.
 
     Args:
         kind: what accelerate chose.
 
     Raises:
-        ConfigError: the launcher asks for one of them.
+        ConfigError: FSDP where there is no GPU, or a kind of device other than CPUs and GPUs.
     """
     if kind in COPYING and asked_for():
         raise ConfigError(
             f"the launcher asks for FSDP, but accelerate shards on GPUs alone and chose {kind.value}: start it with "
-            "`accelerate launch --cpu` or torchrun, which copy the model to every process (DDP)"
+            "torchrun, which copies the model to every process (DDP)"
         )
     if kind not in COPYING and kind != DistributedType.FSDP:
         raise ConfigError(
-            f"the launcher asks for {kind.value}, but prebench copies the model to every process (DDP) or shards it "
-            "with FSDP2: start it with `accelerate launch --multi_gpu`, `accelerate launch --use_fsdp --fsdp_version "
-            "2`, `accelerate launch --cpu` or torchrun"
+            f"accelerate chose {kind.value}, but prebench copies the model to every process (DDP) or shards it with "
+            "FSDP2: start it with `accelerate launch --multi_gpu`, `accelerate launch --use_fsdp --fsdp_version 2` or "
+            "torchrun"
         )
 
 

@@ -16,7 +16,7 @@ from accelerate import DistributedType
 from safetensors.torch import load_file
 
 from prebench.errors import ConfigError
-from prebench.train.processes import require_supported
+from prebench.train.processes import join_processes, require_supported
 from prebench.train.sharding import sharding_plugin
 from tests.data.tiny_conversations import good_records, write_records
 from tests.train.several import train_tiny
@@ -81,8 +81,13 @@ def test_eight_accumulation_steps_have_the_losses_of_one(data, weight):
 
 
 def test_what_the_loop_was_never_seen_to_train_with_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match=r"the launcher asks for DEEPSPEED, but .* `accelerate launch --multi_gpu`"):
-        require_supported(DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=r"accelerate chose MULTI_XPU, but .* `accelerate launch --multi_gpu`"):
+        require_supported(DistributedType.MULTI_XPU)
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{name}", "true")
+            with pytest.raises(ConfigError, match=f"the launcher asks for {name}, which clips .* --fsdp_version 2"):
+                join_processes("cpu")
     require_supported(DistributedType.MULTI_CPU)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="accelerate shards on GPUs alone and chose MULTI_CPU"):
