@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from prebench.model.builder import build_model, build_processor
 from prebench.model.tokenizer import train_tokenizer
 from prebench.schema import ModelConfig
 from prebench.store import write_json
+from tests.tiny_study import ALONE, call, run_command
 
 # Deterministic, and no time limits on a shared machine.
 settings.register_profile("prebench", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,4 +68,19 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Pat
         "dtype": "float32",
     }
     write_json(folder / "prebench.json", manifest)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The results of a finished tiny study, made by one worker of the test run for all: copy it to change it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "tiny-results"
+    finished = folder / "finished"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            done = call(run_command(folder, *ALONE))
+            assert done.returncode == 0, done.stderr[-3000:]
+            finished.touch()
     return folder

@@ -21,7 +21,7 @@ from prebench.model.builder import build_tokenizer
 from prebench.records import TaskRecord
 from prebench.schema import ModelConfig
 from prebench.store import read_json, read_jsonl, read_record, write_json
-from tests.tiny_study import STUDY, assert_refused, call, command, finished, run_command, tables
+from tests.tiny_study import ALONE, STUDY, assert_refused, call, command, finished, tables
 
 
 def invoke(*arguments: object) -> str:
@@ -96,18 +96,10 @@ def test_pretraining_to_a_place_that_takes_no_files_is_refused_at_once(tmp_path:
 # --- a finished study ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    done = call(run_command(folder, train__log_every=1, train__cache_vision_features="false"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / STUDY
-
-
 @pytest.fixture
-def study(original: Path, tmp_path: Path) -> Path:
+def study(tiny_results: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(original, tmp_path / "results" / STUDY))
+    return Path(shutil.copytree(tiny_results / STUDY, tmp_path / "results" / STUDY))
 
 
 def prebench(study: Path, name: str, *more: str, limit: int | None = None):
@@ -127,7 +119,8 @@ def test_a_damaged_mirror_is_named_and_results_stay(study: Path, damage: Callabl
     damage(path)
     before = finished(study)
     for name in ("evaluate", "probe"):
-        assert_refused(prebench(study, name), f"{path.relative_to(study.parent)}", "delete", "to build it again")
+        line = invoke(name, "--results", study.parent)
+        assert f"{path.relative_to(study.parent)}" in line and "delete" in line and "to build it again" in line
     assert finished(study) == before
 
 
@@ -149,7 +142,7 @@ def truncate_images(study: Path, count: int) -> set[int]:
 def test_a_truncated_picture_is_an_error_that_the_totals_show(study: Path) -> None:
     broken = truncate_images(study, 3)
     others = {path: known for path, known in finished(study).items() if "prebench_easy_vqa" not in path.name}
-    done = prebench(study, "evaluate")
+    done = prebench(study, "evaluate", *ALONE)
     assert done.returncode == 0, done.stderr[-3000:]
     for run in ("baseline-s0", "pre-s0"):
         evaluation = study / "runs" / run / "eval"
@@ -158,9 +151,9 @@ def test_a_truncated_picture_is_an_error_that_the_totals_show(study: Path) -> No
         assert "truncated" in samples[0]["error"] and samples[0]["score"] is None
         assert read_record(evaluation / "prebench_easy_vqa.json", TaskRecord).n_errors == 3
     assert {path: known for path, known in finished(study).items() if path in others} == others
-    assert prebench(study, "report").returncode == 0
+    assert CliRunner().invoke(main, ["report", "--results", str(study.parent)]).exit_code == 0
     assert ",3," in next(line for line in (study / "scores.csv").read_text().splitlines() if "easy_vqa" in line)
-    compared = call(command("compare", "baseline", "pre", "--results", study.parent))
+    compared = CliRunner().invoke(main, ["compare", "baseline", "pre", "--results", str(study.parent)])
     assert "left out of all runs: easy-VQA 3" in " ".join(compared.stdout.split())
 
 
@@ -169,7 +162,7 @@ def test_too_many_truncated_pictures_are_one_line_and_earlier_results_stay(study
     count = len(list(read_jsonl(study / "runs" / "pre-s0" / "eval" / "prebench_easy_vqa.samples.jsonl")))
     truncate_images(study, count // 2)
     before = finished(study)
-    done = prebench(study, "evaluate")
+    done = prebench(study, "evaluate", *ALONE)
     assert_refused(done, f"baseline-s0 prebench_easy_vqa: {count // 2} of {count} documents failed, more than 20.0%")
     assert finished(study) == before
 
@@ -185,21 +178,21 @@ def ask_for_another_seed(study: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("limit", "parts"),
+    ("limit", "jobs", "parts"),
     [
-        (6_000, ["-s1/train.jsonl: can't be written", "finished runs and checkpoints are kept"]),
-        (50_000, ["-s1/model: the model can't be written", "the finished runs are kept"]),
+        (6_000, 1, ["-s1/train.jsonl: can't be written", "finished runs and checkpoints are kept"]),
+        (50_000, 2, ["-s1/model: the model can't be written", "the finished runs are kept"]),
     ],
     ids=["log", "export"],
 )
-def test_a_disk_that_is_full_in_training(study: Path, limit: int, parts: list[str]) -> None:
+def test_a_disk_that_is_full_in_training(study: Path, limit: int, jobs: int, parts: list[str]) -> None:
     ask_for_another_seed(study)
     before = finished(study)
-    assert_refused(prebench(study, "train", limit=limit), *parts)
+    assert_refused(prebench(study, "train", "--jobs", str(jobs), limit=limit), *parts)
     assert finished(study) == before
-    # The runs train side by side, and either may be the first to fail.
+    # Of two that train side by side either may be the first to fail.
     assert {path.name for run in study.glob("runs/*-s1") for path in run.iterdir()} == {"train.jsonl"}
-    done = prebench(study, "train")
+    done = prebench(study, "train", *ALONE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (study / "runs" / "pre-s1" / "model" / "prebench.json").is_file()
     after = finished(study)
@@ -207,19 +200,19 @@ def test_a_disk_that_is_full_in_training(study: Path, limit: int, parts: list[st
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_in_evaluation(study: Path, original: Path) -> None:
+def test_a_disk_that_is_full_in_evaluation(study: Path, tiny_results: Path) -> None:
     evaluation = study / "runs" / "pre-s0" / "eval"
     # First the cache of `datasets` does not fit; where it is there already, the answers do not.
     for part in ("can't be loaded: OSError", "prebench_easy_vqa.samples.jsonl: can't be written"):
         for path in evaluation.glob("prebench_easy_vqa.*"):
             path.unlink()
         before = finished(study)
-        assert_refused(prebench(study, "evaluate", limit=6_000), part, "File too large")
+        assert_refused(prebench(study, "evaluate", *ALONE, limit=6_000), part, "File too large")
         assert finished(study) == before
         assert sorted(path.name for path in evaluation.iterdir()) == ["gqa.json", "gqa.samples.jsonl"]
-        done = prebench(study, "evaluate")
+        done = prebench(study, "evaluate", *ALONE)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert tables(study) == tables(original)
+        assert tables(study) == tables(tiny_results / STUDY)
 
 
 # --- results that do not fit together ------------------------------------------------------------------------

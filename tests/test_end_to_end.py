@@ -1,24 +1,23 @@
-"""The whole chain through the real command line: train, export, lmms-eval, probe, tables, and going on."""
+"""The whole chain through the real command line: train, export, lmms-eval, probe, tables."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from prebench.cli import main
 from prebench.records import TaskRecord
-from prebench.store import read_json, read_jsonl, read_record
-from tests.evaluation.command import lmms_eval_command, run_lmms_eval
+from prebench.store import read_jsonl, read_record
+from tests.evaluation.command import run_lmms_eval
+from tests.tiny_study import RUNS, TASKS, assert_refused, call, command
 
 pytestmark = pytest.mark.slow
 
-RUNS = ("baseline-s0", "pre-s0")
-TASKS = ("gqa", "prebench_easy_vqa")
 NUM_COMPARED = 200
 LOAD_WITHOUT_PREBENCH = """
 import sys
@@ -36,20 +35,10 @@ assert not [name for name, _ in model.named_parameters() if "predictor" in name]
 """
 
 
-def prebench(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "prebench.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=900)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock" and "cache" not in p.parts)
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    done = prebench("run", "--suite", "smoke", "--results", folder)
+    done = call(command("run", "--suite", "smoke", "--results", folder))
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "printed.txt").write_text(done.stdout)
     return folder
@@ -102,7 +91,7 @@ def test_the_export_loads_where_prebench_is_never_imported(study):
 
 def test_upstreams_llava_hf_gives_the_same_answers(study, tmp_path):
     arguments = f"pretrained={study / 'runs' / 'pre-s0' / 'model'},device_map=cpu,device=cpu,dtype=float32"
-    found = run_lmms_eval(study / "mirror", tmp_path, "llava_hf", arguments, "gqa", "--limit", str(NUM_COMPARED))
+    found = run_lmms_eval(study / "mirror", tmp_path, "llava_hf", arguments, "gqa", limit=NUM_COMPARED)["gqa"]
     samples = read_jsonl(study / "runs" / "pre-s0" / "eval" / "gqa.samples.jsonl")
     ours = {s["doc_id"]: s["response"].strip() for s in samples if s["doc_id"] < NUM_COMPARED}
     assert len(ours) == len(found["texts"]) == NUM_COMPARED
@@ -111,24 +100,20 @@ def test_upstreams_llava_hf_gives_the_same_answers(study, tmp_path):
 
 
 def test_the_lmms_eval_command_equals_prebench_evaluate(study, tmp_path):
-    arguments = f"pretrained={study / 'runs' / 'pre-s0' / 'model'}"
-    found = run_lmms_eval(study / "mirror", tmp_path, "prebench_pre", arguments, "gqa")
-    record = read_record(study / "runs" / "pre-s0" / "eval" / "gqa.json", TaskRecord)
-    assert found["score"] == pytest.approx(record.score, abs=1e-12)
-
-
-def test_an_export_of_another_variant_is_refused(study, tmp_path):
-    arguments = f"pretrained={study / 'runs' / 'pre-s0' / 'model'}"
-    # lmms-eval logs a model's error and exits with 0: what counts is that it has no results and names the reason.
-    done = lmms_eval_command(study / "mirror", tmp_path, "prebench_baseline", arguments, "gqa", "--limit", "1")
-    assert not list(tmp_path.rglob("*_results.json"))
-    assert "prebench_baseline" in done.stderr and "'pre'" in done.stderr
+    run = study / "runs" / "pre-s0"
+    found = run_lmms_eval(study / "mirror", tmp_path, "prebench_pre", f"pretrained={run / 'model'}", *TASKS)
+    for task in TASKS:
+        record = read_record(run / "eval" / f"{task}.json", TaskRecord)
+        assert found[task]["score"] == pytest.approx(record.score, abs=1e-12)
+        samples = read_jsonl(run / "eval" / f"{task}.samples.jsonl")
+        assert found[task]["texts"] == {s["doc_id"]: s["response"].strip() for s in samples}, task
 
 
 @pytest.mark.parametrize("form", ["text", "csv", "latex", "json"])
 def test_compare_in_every_format(results, form, tmp_path):
-    done = prebench("compare", "baseline", "pre", "--results", results, "--format", form, "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    arguments = ["compare", "baseline", "pre", "--results", results, "--format", form, "-o", tmp_path / "out"]
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
     text = (tmp_path / "out").read_text()
     assert "gqa" in text.lower()
     marks = {"text": "95% interval", "csv": "difference,low,high", "latex": r"\toprule", "json": '"tasks"'}
@@ -136,59 +121,6 @@ def test_compare_in_every_format(results, form, tmp_path):
 
 
 def test_compare_of_a_variant_that_was_not_run(results):
-    done = prebench("compare", "baseline", "viral", "--results", results)
-    assert done.returncode == 2
-    assert "'viral' was not run" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_a_repeated_run_changes_nothing(results, study):
-    before = contents(study)
-    done = prebench("run", "--suite", "smoke", "--results", results)
-    assert done.returncode == 0, done.stderr
-    assert contents(study) == before
-
-
-def test_a_damaged_export_is_named(results, study, tmp_path):
-    weights = study / "runs" / "pre-s0" / "model" / "model.safetensors"
-    original = weights.read_bytes()
-    damaged = bytearray(original)
-    damaged[-100] ^= 1
-    try:
-        weights.write_bytes(bytes(damaged))
-        done = prebench("run", "--suite", "smoke", "--results", results)
-    finally:
-        weights.write_bytes(original)
-    assert done.returncode == 2
-    assert "weights differ from their manifest" in done.stderr
-
-
-def test_an_interrupted_study_goes_on_and_equals_the_uninterrupted(results, study, tmp_path):
-    command = [sys.executable, "-m", "prebench.cli", "run", "--suite", "smoke", "--results", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("train baseline-s0: done"):
-            os.kill(process.pid, 9)
-            break
-    process.communicate()
-    assert not (tmp_path / "smoke-smoke" / "scores.csv").exists()
-    done = prebench("run", "--suite", "smoke", "--results", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("scores.csv", "tables/main.csv", "tables/probes.csv", "tables/main.tex", "figures/layer_curves.svg"):
-        assert (tmp_path / "smoke-smoke" / name).read_bytes() == (study / name).read_bytes(), name
-    for run in RUNS:
-        manifests = [
-            read_json(root / "runs" / run / "model" / "prebench.json") for root in (tmp_path / "smoke-smoke", study)
-        ]
-        assert manifests[0]["weights_hash"] == manifests[1]["weights_hash"]
-
-
-def test_an_added_seed_runs_only_what_is_new(results, study):
-    before = {run: contents(study / "runs" / run) for run in RUNS}
-    times = {p: p.stat().st_mtime_ns for run in RUNS for p in (study / "runs" / run).rglob("*") if p.is_file()}
-    done = prebench("run", "--suite", "smoke", "--results", results, "--seeds", "1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(p.name for p in (study / "runs").iterdir()) == ["baseline-s0", "baseline-s1", "pre-s0", "pre-s1"]
-    assert {run: contents(study / "runs" / run) for run in RUNS} == before
-    assert {p: p.stat().st_mtime_ns for p in times} == times
-    assert "baseline-s1" in done.stderr and "baseline-s0" not in done.stderr
+    done = call(command("compare", "baseline", "viral", "--results", results))
+    assert_refused(done, "'viral' was not run")
+    assert len(done.stderr.splitlines()) == 1

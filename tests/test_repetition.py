@@ -1,8 +1,10 @@
-"""The same study twice, and a study killed in every stage, end with the same bytes; nothing finished is done again."""
+"""The same study twice, killed in every stage, or called again, ends with the same bytes; nothing is done again."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_study import RUNS, STUDY, TASKS, call, finished, run_command, tables
+from prebench.store import read_json
+from tests.tiny_study import ALONE, RUNS, STUDY, TASKS, assert_refused, call, finished, run_command, tables
 
 pytestmark = pytest.mark.slow
 
@@ -19,25 +22,64 @@ TIMEOUT = 300.0
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("first")
-    done = call(run_command(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / STUDY
+def study(tiny_results: Path) -> Path:
+    return tiny_results / STUDY
 
 
-def test_a_study_twice_gives_equal_bytes(study: Path, tmp_path: Path) -> None:
-    done = call(run_command(tmp_path))
+@pytest.fixture
+def copy(study: Path, tmp_path: Path) -> Path:
+    """A study to go on with."""
+    return Path(shutil.copytree(study, tmp_path / STUDY))
+
+
+def weights(study: Path) -> dict[str, str]:
+    return {run: read_json(study / "runs" / run / "model" / "prebench.json")["weights_hash"] for run in RUNS}
+
+
+def test_a_study_twice_gives_equal_bytes_whatever_runs_side_by_side(study: Path, tmp_path: Path) -> None:
+    done = call(run_command(tmp_path, "--jobs", "2"))
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = tables(study), tables(tmp_path / STUDY)
-    assert {"scores.csv", "tables/main.csv", "tables/probes.csv", "tables/degradation.csv"} <= first.keys()
+    assert_equal(tmp_path / STUDY, study)
+
+
+def assert_equal(other: Path, study: Path) -> None:
+    first, second = tables(study), tables(other)
+    assert {"scores.csv", "tables/main.csv", "tables/probes.csv", "figures/layer_curves.svg"} <= first.keys()
     assert second == first
+    assert weights(other) == weights(study)
+
+
+def everything(study: Path) -> dict[Path, tuple[int, str]]:
+    """Return time of change and hash of every file."""
+    paths = (path for path in study.rglob("*") if path.is_file() and path.name != ".lock" and "cache" not in path.parts)
+    return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(paths)}
+
+
+def test_a_repeated_run_changes_nothing_and_a_damaged_export_is_named(copy: Path) -> None:
+    before = {path: known[1] for path, known in everything(copy).items()}
+    done = call(run_command(copy.parent))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: known[1] for path, known in everything(copy).items()} == before
+    path = copy / "runs" / "pre-s0" / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(bytes(content))
+    assert_refused(call(run_command(copy.parent)), "weights differ from their manifest")
+
+
+def test_an_added_seed_runs_only_what_is_new(copy: Path) -> None:
+    before = {run: everything(copy / "runs" / run) for run in RUNS}
+    done = call(run_command(copy.parent, "--seeds", "1", *ALONE))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in (copy / "runs").iterdir()) == ["baseline-s0", "baseline-s1", "pre-s0", "pre-s1"]
+    assert {run: everything(copy / "runs" / run) for run in RUNS} == before
+    assert "baseline-s1" in done.stderr and "baseline-s0" not in done.stderr
 
 
 def run_and_kill(folder: Path, when: Callable[[], bool]) -> None:
     """Start the study and kill its process and the processes that it started, without notice, as soon as `when`."""
     process = subprocess.Popen(
-        run_command(folder, "--jobs", "1"),  # run after run, so that something is finished at every moment to kill
+        run_command(folder, *ALONE),  # run after run, so that something is finished at every moment to kill
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -77,10 +119,10 @@ def test_a_study_killed_in_every_stage_ends_with_the_bytes_of_the_undisturbed(st
         assert {path: after.get(path) for path in before} == before, f"{name}: finished work was done again"
         assert len(after) > len(before)
         before = after
-    done = call(run_command(tmp_path))
+    done = call(run_command(tmp_path, *ALONE))
     assert done.returncode == 0, done.stderr[-3000:]
     after = finished(killed)
     # A record is there once its task is finished; answers without a record are of the task that was cut short.
     assert {path: after.get(path) for path in before} == before
-    assert tables(killed) == tables(study)
+    assert_equal(killed, study)
     assert [path for path in killed.rglob(".*") if path.name != ".lock" and "cache" not in path.parts] == []

@@ -12,6 +12,8 @@ from pathlib import Path
 STUDY = "tiny-smoke"
 RUNS = ("baseline-s0", "pre-s0")
 TASKS = ("gqa", "prebench_easy_vqa")
+ALONE = ("--jobs", "1")
+"""Options of a command whose processes side by side are not what is tested: each imports for seconds."""
 SUITE = """
 defaults: {preset: smoke}
 max_error_share: 0.2
@@ -39,7 +41,7 @@ SETTINGS = {
     "data.easy_vqa.num_images": 40,
     "train.align.steps": 2,
     "train.instruct.steps": 40,
-    "train.log_every": 2,
+    "train.log_every": 1,
 }
 
 
@@ -96,6 +98,6 @@ def finished(study: Path) -> dict[Path, tuple[int, str]]:
 
 
 def tables(study: Path) -> dict[str, bytes]:
-    """Return the content of scores.csv, the tables, the answers and the probes by path."""
-    patterns = ("scores.csv", "tables/*", "runs/*/eval/*.samples.jsonl", "runs/*/probe.parquet")
+    """Return the content of scores.csv, the tables, the figures, the answers and the probes by path."""
+    patterns = ("scores.csv", "tables/*", "figures/*.svg", "runs/*/eval/*.samples.jsonl", "runs/*/probe.parquet")
     return {str(p.relative_to(study)): p.read_bytes() for pattern in patterns for p in sorted(study.glob(pattern))}
