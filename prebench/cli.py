@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prebench import __version__
-from prebench.cli_analysis import compare, plan
+from prebench.cli_analysis import compare
 from prebench.cli_options import (
     chosen_study,
     jobs_option,
@@ -21,6 +21,7 @@ from prebench.cli_options import (
     tracker_option,
     width,
 )
+from prebench.cli_plan import plan
 from prebench.cli_probe import probe
 from prebench.cli_tools import doctor, pretrain
 from prebench.cli_tools import mirror as mirror_command

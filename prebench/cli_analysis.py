@@ -1,4 +1,4 @@
-"""Commands that read a study's records alone: compare and plan."""
+"""A command that reads a study's records alone: compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from prebench.cli_options import chosen_study, results_option, study_option, width
-from prebench.errors import ConfigError
 
 
 @click.command()
@@ -49,72 +48,3 @@ def compare(
     else:
         write_text(output, text if text.endswith("\n") else text + "\n")
         click.echo(f"written: {output}", err=True)
-
-
-@click.command()
-@click.argument("variants", nargs=-1, metavar="[BASELINE VARIANT]")
-@click.option(
-    "--difference",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="What is to be found, in points.",
-)
-@click.option(
-    "--power", type=click.FloatRange(0.5, 0.999), default=0.8, show_default=True, help="Probability of finding it."
-)
-@study_option
-@results_option
-@click.option(
-    "--seed-sd", type=click.FloatRange(min=0), help="Before any study: SD over seeds of a difference, in points."
-)
-@click.option(
-    "--discordant",
-    type=click.FloatRange(0, 100, min_open=True),
-    default=10.0,
-    show_default=True,
-    help="Before any study: per cent of the questions that one of two models alone answers right.",
-)
-@click.option(
-    "--icc",
-    type=click.FloatRange(0, 1),
-    default=0.05,
-    show_default=True,
-    help="Before any study: correlation among the questions about one image.",
-)
-@click.option(
-    "--questions-per-image", type=click.FloatRange(min=1), default=1.0, show_default=True, help="Before any study."
-)
-def plan(
-    variants: tuple[str, ...],
-    difference: float,
-    power: float,
-    study: str | None,
-    results: Path,
-    seed_sd: float | None,
-    discordant: float,
-    icc: float,
-    questions_per_image: float,
-) -> None:
-    """Say how many seeds and images it takes to find a difference.
-
-    \b
-    Examples:
-      prebench plan baseline pre --difference 0.5        from the spreads of a study
-      prebench plan --seed-sd 0.8 --discordant 10 --questions-per-image 30       before any study
-    """
-    from prebench.analysis import power as planning
-    from prebench.analysis.compare import compare as compare_variants
-    from prebench.analysis.join import load_study
-
-    if seed_sd is not None:
-        shares = (discordant / 100, icc, questions_per_image)
-        click.echo(planning.text_before(difference / 100, power, seed_sd / 100, *shares))
-        return
-    loaded = load_study(chosen_study(results, study))
-    names = variants or tuple(loaded.variants[:2])
-    if len(names) != 2:
-        raise ConfigError(
-            f"plan: two variants are compared, not {len(names)}; or give --seed-sd to plan without a study"
-        )
-    click.echo(planning.text(compare_variants(loaded, *names), difference / 100, power, width()))

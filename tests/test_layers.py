@@ -11,7 +11,7 @@ import prebench
 
 ROOT = Path(prebench.__file__).parent
 BASE = {"errors", "records", "schema", "config", "runtime", "store", "progress", "study", "images", "__init__"}
-CLI = {"cli", "cli_options", "cli_analysis", "cli_probe", "cli_tools"}
+CLI = {"cli", "cli_options", "cli_analysis", "cli_plan", "cli_probe", "cli_tools"}
 ALLOWED = {
     "errors": set(),
     "records": set(),
@@ -37,6 +37,7 @@ ALLOWED = {
     "cli": BASE | CLI | {"launch", "pipeline", "analysis"},
     "cli_options": {"analysis"},
     "cli_analysis": BASE | {"analysis", "cli_options"},
+    "cli_plan": BASE | {"analysis", "cli_options", "train"},
     "cli_probe": BASE | {"cli_options", "pipeline", "data", "export", "probe", "analysis"},
     "cli_tools": BASE | {"cli_options", "data", "model", "evaluation"},
     "__init__": {"train"},  # its public names, loaded when they are asked for

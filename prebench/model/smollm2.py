@@ -30,13 +30,22 @@ def smollm2_folder() -> Path:
         StoreError: the cache can't be written.
     """
     source = _gguf_file()
-    target = _cache() / f"smollm2-135m-instruct-{file_hash(source)}"
+    target = _target(source)
     if not (target / "config.json").is_file():
         if importlib.util.find_spec("gguf") is None:
             raise ModelError(f"{PACKAGE}: the package gguf, which reads its file, is not installed: {INSTALL}")
         say(f"{PACKAGE}: reading {source.name} into {target}, once on this machine")
         convert(source, target)
     return target
+
+
+def known_folder() -> Path | None:
+    """Return the folder of the converted model where an earlier call has made it; nothing is converted."""
+    try:
+        folder = _target(_gguf_file())
+    except ModelError:
+        return None
+    return folder if (folder / "config.json").is_file() else None
 
 
 def convert(source: Path, target: Path) -> None:
@@ -94,6 +103,10 @@ def _gguf_file() -> Path:
     if not files:
         raise ModelError(f"model.language_model.pretrained: the package {PACKAGE} is not installed: {INSTALL}")
     return files[0]
+
+
+def _target(source: Path) -> Path:
+    return _cache() / f"smollm2-135m-instruct-{file_hash(source)}"
 
 
 def _cache() -> Path:
