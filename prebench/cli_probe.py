@@ -51,6 +51,11 @@ def _ids(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int,
     "--category-column",
     help="Per image the categories of mask ids 1, 2, ...: a list of texts; object_categories by default.",
 )
+@click.option(
+    "--semantic-masks",
+    is_flag=True,
+    help="Mask ids are classes, the same in all images: patch structure by class.",
+)
 @click.option("--subset-column", help="train, val or test; subset by default, else the data set's splits decide.")
 @click.option("--ignore-ids", default="", callback=_ids, help="Mask ids that are no object, such as 255.")
 @click.option(
@@ -96,7 +101,7 @@ def probe(
       prebench probe results/full-embedded/runs/pre-s0      one run, with every control
       prebench probe ~/models/llava-1.5-7b-hf --device cuda --output llava-probe
       prebench probe MODEL --data ~/flowers                 subfolders are classes
-      prebench probe MODEL --data coco/val.parquet --mask-column annotation --ignore-ids 255
+      prebench probe MODEL --data coco/val.parquet --mask-column annotation --semantic-masks --ignore-ids 255
       prebench probe MODEL --data animals.parquet --label-columns species,pose --dry-run
     """
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
@@ -132,6 +137,7 @@ class _Request:
     label_columns: tuple[str, ...] | None
     mask_column: str | None
     category_column: str | None
+    semantic_masks: bool
     subset_column: str | None
     ignore_ids: tuple[int, ...]
     output: Path | None
@@ -188,6 +194,8 @@ def _probe_model(request: _Request) -> None:
 def _data(request: _Request, cache: Path) -> ProbeData:
     from prebench.probe.data import Columns, open_data
 
+    if request.semantic_masks and request.category_column:
+        raise ConfigError("--semantic-masks: mask ids are categories themselves; leave out --category-column")
     if request.data == SCENES:
         return _scenes(request.suite)
     columns = Columns(
@@ -197,6 +205,7 @@ def _data(request: _Request, cache: Path) -> ProbeData:
         request.subset_column,
         request.ignore_ids,
         request.category_column,
+        request.semantic_masks,
     )
     return open_data(Path(request.data).expanduser(), columns, cache)
 

@@ -43,7 +43,23 @@ def _scores(study: Study, width: int) -> str:
     if not rows:
         return f"{study.name}: no task was evaluated yet, the probe alone\n"
     title = f"{study.name}: scores in % (± {SPREAD_SEEDS if n_seeds > 1 else SPREAD_IMAGES})"
-    return text_table(title, ["task", "majority", "blind", *study.variants], rows, width)
+    table = text_table(title, ["task", "majority", "blind", *study.variants], rows, width)
+    return table + "".join(f"{textwrap.fill(line, width)}\n" for line in _failures(study))
+
+
+def _failures(study: Study) -> list[str]:
+    """Say for each task how many documents failed, which are no wrong answers; nothing where none did."""
+    lines = []
+    for task in study.tasks:
+        records = {r.folder.name: r.tasks[task.task] for r in study.runs.values() if task.task in r.tasks}
+        failed = {name: record for name, record in records.items() if record.n_errors}
+        if failed:
+            counts = ", ".join(f"{record.n_errors} of {record.n} in {name}" for name, record in failed.items())
+            lines.append(
+                f"{marked(task.label, task.data_source)}: documents failed and are in no score: {counts} (reasons: "
+                f"runs/*/eval/{task.task}.samples.jsonl)"
+            )
+    return lines
 
 
 def _differences(study: Study, width: int) -> str:

@@ -72,6 +72,8 @@ class Columns:
     """Mask ids that are no object, such as 255 for "void"."""
     categories: str | None = field(default=None, repr=False)
     """Per image a list of its objects' categories, that of mask id 1 first; by default `object_categories`."""
+    semantic: bool = field(default=False, repr=False)
+    """Mask ids are classes, the same in all images; each is its own category."""
 
 
 def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
@@ -92,7 +94,7 @@ def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
     where = str(path)
     mask = _column(where, dataset, columns.mask, "mask")
     subset = _column(where, dataset, columns.subset, "subset")
-    category = _column(where, dataset, columns.categories, "object_categories")
+    category = None if columns.semantic else _column(where, dataset, columns.categories, "object_categories")
     if columns.image not in dataset.column_names:
         raise DataError(f"{where}: no column {columns.image!r}{did_you_mean(columns.image, dataset.column_names)}")
     labels = _labels(where, dataset, columns.labels)
@@ -110,9 +112,31 @@ def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
         subsets=subsets,
         attributes=tuple(Attribute(name) for name in labels),
         has_masks=mask is not None,
-        digest=content_hash([_files(path), repr(columns), *([category] if category else [])]),
-        categories=None if category is None else _categories(where, dataset, category),
+        digest=content_hash([_files(path), repr(columns), *([category] if category else []), *_semantic(columns)]),
+        categories=_object_categories(where, dataset, columns, category),
     )
+
+
+class _Ids(Sequence[str]):
+    """Every mask id as the name of a category."""
+
+    def __len__(self) -> int:
+        return np.iinfo(np.int32).max
+
+    def __getitem__(self, index: Any) -> Any:
+        return str(index + 1)
+
+
+def _object_categories(
+    where: str, dataset: Any, columns: Columns, category: str | None
+) -> Sequence[Sequence[str]] | None:
+    if columns.semantic:
+        return [_Ids()] * len(dataset)
+    return None if category is None else _categories(where, dataset, category)
+
+
+def _semantic(columns: Columns) -> list[str]:
+    return ["semantic"] if columns.semantic else []
 
 
 def _splits(path: Path, cache: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from prebench.analysis.tables import trained_models, write_tables
 from prebench.errors import ComparisonError
 from prebench.store import read_jsonl
 
-from .conftest import LAYERS, StudyMaker, random_scores, write_curve, write_probe, write_run
+from .conftest import LAYERS, StudyMaker, random_scores, sample, write_curve, write_probe, write_run, write_task
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -299,6 +299,17 @@ def test_summary_puts_scores_beside_what_needs_no_image(make_study: StudyMaker) 
     flat = " ".join(text.split())
     assert "pre reduces it by 11.0 [8.5, 13.5] over 3 seeds" in flat
     assert "higher on GQA on scenes (generated) +" in flat and "Holm's correction over 2 tasks at 5%" in flat
+
+
+def test_summary_counts_failed_documents(make_study: StudyMaker) -> None:
+    folder = make_study(seeds=(0,))
+    assert "failed" not in summary_text(load_study(folder))
+    run = folder / "runs" / "pre-s0"
+    samples = [sample(i, None if i in (3, 8) else 1.0) for i in range(40)]
+    write_task(run, "gqa", "GQA on scenes", "generated", samples)
+    flat = " ".join(summary_text(load_study(folder)).split())
+    assert "GQA on scenes (generated): documents failed and are in no score: 2 of 40 in pre-s0 (reasons:" in flat
+    assert "easy_VQA & more" not in flat.split("documents failed")[1].split("degradation")[0].split("difference")[0]
 
 
 def test_summary_says_what_could_not_be_compared(make_study: StudyMaker) -> None:

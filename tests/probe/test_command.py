@@ -168,6 +168,17 @@ def test_texts_are_classes_and_masks_alone_are_enough(tiny_export: Path, parquet
     done(tiny_export, *seen, "--mask-column", "objects", "--output", "masks")
     assert rows("masks", level="global").empty
     assert rows("masks", level="patch", metric="cohesion")["n"].tolist() == [12] * 6
+    assert rows("masks", level="category").empty
+    done(tiny_export, *seen, "--mask-column", "objects", "--semantic-masks", "--output", "classes")
+    present = [set(np.unique(render(generate_scene(0, "probe", index))[1])) - {0} for index in range(12)]
+    found = rows("classes", level="category", metric="cohesion", layer=2).set_index("attribute")["n"]
+    # An id that covers no two patches has no cohesion, so a class may have fewer values than images that show it.
+    assert set(found.index) <= {str(number) for number in set().union(*present)} and len(found) > 1
+    assert all(found[name] <= sum(int(name) in ids for ids in present) for name in found.index)
+    assert found.sum() == rows("classes", level="object", metric="cohesion", layer=2)["n"].item()
+    assert "--category-column" in refused(
+        tiny_export, *seen, "--mask-column", "objects", "--semantic-masks", "--category-column", "x"
+    )
     done(tiny_export, *seen, "--mask-column", "objects", "--ignore-ids", "1,2,3,4,5", "--output", "void")
     assert rows("void", level="patch").empty and not rows("void", level="statistics").empty
 
