@@ -46,7 +46,7 @@ def commands(page: Path) -> Iterator[tuple[bool, list[str]]]:
         if (found := COMMAND.match(line)) is not None:
             typed = re.split(r"\s{2,}|\s#", found[1])[0]
             first, *more = re.sub(r"\[(-[^\]]+)\]", r"\1", typed).split(" | ")
-            yield whole, shlex.split(first)
+            yield whole, [part for part in shlex.split(first) if part != "..."]
             yield from ((False, [name]) for name in more)
 
 
@@ -65,7 +65,7 @@ def require_shipped(values: dict[str, Any]) -> None:
     """Expect names of suites, presets and variants to be shipped ones, and `--set` to change fields that exist."""
     for option, kind in KINDS.items():
         name = values.get(option)
-        assert name is None or name.endswith(".yaml") or name in list_configs(kind), name
+        assert name is None or name.isupper() or name.endswith(".yaml") or name in list_configs(kind), name
     for name in values.get("variants") or ():
         assert name.endswith(".yaml") or name in list_configs("variants"), name
     suite = values.get("suite")
