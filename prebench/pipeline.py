@@ -228,7 +228,7 @@ def evaluate_all(
         mirror: the user's folder with real benchmarks; see `choose_mirror`.
     """
     from prebench.evaluation.runner import evaluate_study
-    from prebench.runtime import choose_device
+    from prebench.runtime import choose_device, visible_gpus
     from prebench.train_runs import CACHE, dtype_name
 
     chosen = config.suite.model_copy(update={"tasks": tuple(t for t in config.suite.tasks if t.task in tasks)})
@@ -243,6 +243,8 @@ def evaluate_all(
     write_manifest(folder)
     manifest = _mirror_manifest(folder, config.suite, tasks, mirror)
     recipe = config.preset.train
+    device = choose_device(recipe.device).type
+    gpus = len(visible_gpus()) if device == "cuda" else None
     evaluate_study(
         models,
         chosen,
@@ -253,7 +255,7 @@ def evaluate_all(
         device=recipe.device,
         dtype=dtype_name(config),
         cpu_threads=recipe.cpu_threads,
-        jobs=choose_jobs(jobs, len(models), recipe.cpu_threads, choose_device(recipe.device).type),
+        jobs=choose_jobs(jobs or gpus, len(models), recipe.cpu_threads, device),
     )
 
 

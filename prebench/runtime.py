@@ -175,6 +175,15 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES would name each."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()
+    return named[:count] if len(named) >= count and all(named) else [str(number) for number in range(count)]
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the compute dtype: `auto` is bfloat16 on CUDA and float32 on a CPU (bf16 is far slower there)."""
     import torch

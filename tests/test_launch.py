@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prebench.config import load_preset, load_suite, load_variant
 from prebench.errors import ConfigError, InterruptedRunError, StoreError, TrainingError
+from prebench.evaluation import runner
 from prebench.launch import launched, note_failure, note_worker, train_command
 from prebench.pipeline import chosen_runs
+from prebench.runtime import visible_gpus
 from prebench.schema import StudyConfig
 from prebench.study import Run, in_turn, locked, run_locked, shared
 from tests.tiny_study import STUDY, assert_refused, call, run_command
@@ -142,6 +146,32 @@ def test_only_one_is_in_its_turn(tmp_path):
         with in_turn(tmp_path):
             assert time.monotonic() - started > 0.2
             assert process.stdout.readline() == "out\n"
+
+
+def test_runs_are_evaluated_on_all_gpus(tmp_path, monkeypatch):
+    """There is none here: what is tested is which process would see which."""
+    work = SimpleNamespace(data="d", items=[SimpleNamespace(run=SimpleNamespace(name=name)) for name in "abc"])
+    started = []
+
+    class Child:
+        def __init__(self, part: str, _number: int, _mirror: Path, _cache: Path, environment: dict[str, str]) -> None:
+            started.append((part, environment.get("CUDA_VISIBLE_DEVICES")))
+
+        def join(self) -> None: ...
+
+        def problem(self) -> None: ...
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(runner, "plan", lambda *_: work)
+    monkeypatch.setattr(runner, "split", lambda work, jobs: [item.run.name for item in work.items])
+    monkeypatch.setattr(runner, "_Child", Child)
+    runner.run_in_subprocesses(SimpleNamespace(device="auto"), tmp_path, tmp_path)
+    assert started == [("a", "4"), ("b", "6"), ("c", "4")]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert visible_gpus() == []
 
 
 def test_an_unknown_run_is_refused(tmp_path):

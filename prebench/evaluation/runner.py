@@ -21,6 +21,7 @@ from prebench.config import validate
 from prebench.errors import EvaluationError, PrebenchError, user_error
 from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, find_task, plan
 from prebench.progress import ProgressLine, say
+from prebench.runtime import visible_gpus
 from prebench.schema import SuiteConfig
 from prebench.store import read_json, write_json
 
@@ -101,11 +102,13 @@ def run_in_subprocesses(
         say("evaluate: every task has been scored already")
         return
     environment = _environment(cache.resolve() / "datasets" / work.data, cpu_threads)
+    gpus = visible_gpus() if request.device != "cpu" else []
     say("evaluate: starting lmms-eval")
     children: list[_Child] = []
     try:
         for number, part in enumerate(split(work, jobs)):
-            children.append(_Child(part, number, mirror, cache.resolve(), environment))
+            own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+            children.append(_Child(part, number, mirror, cache.resolve(), environment | own))
         for child in children:
             child.join()
     except BaseException:  # Ctrl-C included: the children must not go on alone
