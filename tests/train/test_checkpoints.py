@@ -6,6 +6,11 @@ import errno
 import json
 import math
 import random
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +201,101 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(tmp_pa
     monkeypatch.undo()
     plain, _ = run_training(PRE)
     assert_equal(trial.run(), plain)
+
+
+def opened(folder: Path) -> Checkpoints:
+    """Return the checkpoints of a run whose log has one line."""
+    log = RunLog(folder / "train.jsonl")
+    checkpoints = Checkpoints(folder / "checkpoints", {}, log)
+    checkpoints.open()
+    log.write({"step": 0})
+    return checkpoints
+
+
+def test_a_checkpoint_holds_its_step_whatever_changes_while_it_is_written(tmp_path, monkeypatch):
+    save, may_write = checkpoint.save_file, threading.Event()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: (may_write.wait(), save(*args)))
+    checkpoints = opened(tmp_path)
+    weights, state = torch.zeros(3), {"rates": [0.5]}
+    checkpoints.save(1, {"weights": {"w": weights}}, state)
+    weights += 1  # training goes on
+    state["rates"][0] = 0.25
+    position = checkpoints.log.position()
+    checkpoints.log.write({"step": 1})
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+    may_write.set()
+    checkpoints.wait()
+    found = checkpoints.read(1)
+    assert found.tensors["weights"]["w"].tolist() == [0, 0, 0]
+    assert (found.state["rates"], found.state["log_bytes"]) == ([0.5], position)
+
+
+def test_checkpoints_are_written_one_after_the_other(tmp_path, monkeypatch):
+    save, writing, most = checkpoint.save_file, [], []
+
+    def slow(*args: Any) -> None:
+        writing.append(True)
+        most.append(len(writing))
+        time.sleep(0.02)
+        save(*args)
+        writing.pop()
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    checkpoints = opened(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"weights": {"w": torch.full((2,), float(step))}}, {})
+        saved = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
+        assert step == 1 or f"step-{step - 1:08d}" in saved, "the one before is not on the disk"
+    checkpoints.close()
+    assert most == [1, 1, 1]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def test_a_step_that_a_stopped_process_can_not_save_is_not_called_saved(tmp_path, inputs, monkeypatch):
+    def full(_tensors: Any, _path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    trial = Trial(tmp_path, inputs, checkpoint_every=0)
+    with pytest.raises(StoreError, match=r"step 4 can't be written \(No space left on device\); kept: none before it"):
+        trial.run(stop_at=3)
+
+
+KILLED_IN_WRITING = """
+import os, sys
+from pathlib import Path
+import torch
+from prebench.train import checkpoint
+from prebench.train.log import RunLog
+
+log = RunLog(Path(sys.argv[1]) / "train.jsonl")
+checkpoints = checkpoint.Checkpoints(Path(sys.argv[1]) / "checkpoints", {}, log)
+checkpoints.open()
+for step in (1, 2):
+    log.write({"step": step})
+    checkpoints.save(step, {"weights": {"w": torch.full((9,), float(step))}, "rest": {"w": torch.ones(1)}}, {})
+    checkpoints.wait()
+save = checkpoint.save_file
+
+def half(tensors, path):
+    save(tensors, path)
+    os.kill(os.getpid(), 9)
+
+checkpoint.save_file = half
+checkpoints.save(3, {"weights": {"w": torch.zeros(9)}, "rest": {"w": torch.ones(1)}}, {})
+checkpoints.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_writes_leaves_the_checkpoints_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED_IN_WRITING, str(tmp_path)], check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "checkpoints").glob(f"{checkpoint.UNFINISHED}*"))) == 1
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {}, RunLog(tmp_path / "train.jsonl"))
+    assert checkpoints.open() == 2
+    assert checkpoints.read(2).tensors["weights"]["w"].tolist() == [2.0] * 9
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.slow
