@@ -18,9 +18,13 @@ def image(seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def write_mirror(folder: Path) -> Path:
+def write_questions(folder: Path) -> None:
     _gqa(folder / "lmms-lab-encoder" / "GQA")
     _easy_vqa(folder / "prebench" / "easy_vqa")
+
+
+def write_mirror(folder: Path) -> Path:
+    write_questions(folder)
     _probe(folder / "prebench" / "visual_probe")
     return folder
 
