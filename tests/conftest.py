@@ -19,6 +19,23 @@ from tests.tiny_study import ALONE, call, run_command
 settings.register_profile("prebench", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("prebench")
 
+LONGEST = (
+    "train/test_survival.py",
+    "test_repetition.py",
+    "test_bad_input.py",
+    "test_end_to_end.py",
+    "test_ablation.py",
+    "test_cluster.py",
+    "test_offline.py",
+    "evaluation/test_processes.py",
+    "evaluation/test_kill.py",
+    "test_training_files.py",
+    "test_examples.py",
+    "train/test_sharding.py",
+    "train/test_own_regularizer.py",
+)
+"""Files whose tests take a minute or more: with them first, no worker is left with one of them in the end."""
+
 WORDS = ["is there a red circle?", "what color is the circle?", "yes no red blue circle square", "describe the image."]
 TINY = ModelConfig.model_validate(
     {
@@ -33,6 +50,13 @@ TINY = ModelConfig.model_validate(
         "language_model": {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64},
     }
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; xdist hands files out in this order."""
+    here = Path(__file__).parent
+    rank = {here / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True, scope="session")
