@@ -124,18 +124,19 @@ def vocabulary(config: ModelConfig, num_tokens: int | None) -> int:
     return padded_vocabulary(rows, rows + 1 if num_tokens is None else num_tokens)
 
 
-def shape_model(config: ModelConfig, rows: int) -> LlavaForConditionalGeneration:
-    """Return the model on the meta device: shapes without weights."""
+def shape_model(config: ModelConfig, rows: int, device: str = "meta") -> LlavaForConditionalGeneration:
+    """Return a model of the preset's shape with `rows` embeddings; on the meta device it has no weights."""
     language = config.language_model
     text: Any = shape_config(language) if language.has_own_tokenizer else text_config(language, build_tokenizer())
     text.vocab_size = rows
-    with torch.device("meta"):
+    with torch.device(device):
         return LlavaForConditionalGeneration(
             LlavaConfig(
                 vision_config=vision_config(config.vision_tower),
                 text_config=text,
                 image_token_index=rows - 1,
                 vision_feature_layer=config.vision_tower.feature_layer,
+                vision_feature_select_strategy="default" if config.vision_tower.architecture == "clip" else "full",
                 tie_word_embeddings=language.tie_word_embeddings,
             )
         )
