@@ -13,7 +13,7 @@ from prebench.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from prebench.data.download import HubTask
-    from prebench.schema import SuiteConfig, VisionTowerConfig
+    from prebench.schema import PresetConfig, SuiteConfig
 
 
 @click.command()
@@ -226,8 +226,9 @@ def doctor(
     the check could not be made.
 
     With --data every training example is looked at: counts, lengths, truncations, text-only share, turns, and what is
-    malformed or has a bad picture. Lengths are in tokens of the preset's processor, of MODEL_OR_RUN where it is named,
-    else of the embedded preset's. Ends with 2 where more is bad than the preset's data.max_bad_share.
+    malformed or has a bad picture. Lengths are in tokens of the preset's own processor, of MODEL_OR_RUN where it is
+    named, else of the embedded preset's; the first line says whose. Nothing is fetched. Ends with 2 where more is bad
+    than the preset's data.max_bad_share.
 
     \b
     Examples:
@@ -268,7 +269,6 @@ def _check_data(
     from prebench.config import load_preset
     from prebench.data.data_report import as_json, file_config, inspect, table
     from prebench.progress import ProgressLine
-    from prebench.schema import VisionTowerConfig
     from prebench.store import write_json
 
     is_file = name.endswith((".json", ".jsonl", ".parquet"))
@@ -276,8 +276,7 @@ def _check_data(
         raise ConfigError("--image-root and --max-length are for files; a preset names its own")
     preset = None if is_file else load_preset(name)
     config = file_config(Path(name), image_root, max_length) if preset is None else preset.data
-    tower = VisionTowerConfig() if preset is None else preset.model.vision_tower
-    processor = _processor(model_or_run, tower)
+    processor, tokenizer = _processor(model_or_run, preset)
     lines: dict[str, ProgressLine] = {}
 
     def report(path: str, done: int, total: int) -> None:
@@ -288,27 +287,37 @@ def _check_data(
             lines[path].__exit__(None, None, None)
 
     found = inspect(config, processor, report)
-    click.echo(table(found, config))
+    click.echo(f"tokens are those of {tokenizer}\n{table(found, config)}")
     if output is not None:
-        write_json(output, as_json(found))
+        write_json(output, [{**source, "tokenizer": tokenizer} for source in as_json(found)])
     failed = [source.name for source in found if source.is_error(config.max_bad_share)]
     if failed:
         raise DataError(f"{', '.join(failed)}: more examples are bad than data.max_bad_share allows")
 
 
-def _processor(model_or_run: Path | None, tower: VisionTowerConfig) -> Any:
-    """Return the processor that counts tokens: a model's, or the embedded tokenizer with a preset's picture size."""
+def _processor(model_or_run: Path | None, preset: PresetConfig | None) -> tuple[Any, str]:
+    """Return the processor that counts tokens, and whose it is: a model's, the preset's own or the embedded one."""
     from prebench.errors import ModelError
     from prebench.model.builder import build_processor, build_tokenizer
+    from prebench.model.local_files import local_processor
+    from prebench.schema import VisionTowerConfig
 
+    if model_or_run is None and preset is None:
+        return build_processor(VisionTowerConfig(), build_tokenizer()), "the embedded preset; name a MODEL for its own"
     if model_or_run is None:
-        return build_processor(tower, build_tokenizer())
+        assert preset is not None
+        own = local_processor(preset.model)
+        if own is not None:
+            return own, f"preset {preset.name}"
+        missing = f"those of {preset.model.language_model.pretrained} are not on this machine, and lengths will differ"
+        return build_processor(preset.model.vision_tower, build_tokenizer()), f"the embedded preset: {missing}"
     from transformers import AutoProcessor
 
     folder = model_folder(model_or_run)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        found = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: its processor can't be read ({first_line(error)})") from error
+    return found, str(folder)

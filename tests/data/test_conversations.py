@@ -242,7 +242,7 @@ def test_the_report_counts(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     (found,) = json.loads((tmp_path / "report.json").read_text())
     assert (found["examples"], found["text_only"], found["images"], found["turns"]) == (12, 3, 9, 24)
-    rows = dict(line.strip().split(maxsplit=1) for line in result.stdout.splitlines()[1:])
+    rows = dict(line.strip().split(maxsplit=1) for line in result.stdout.splitlines()[2:])
     assert rows["answers"] == "24 (2.0 per example)" and rows["text"] == "only  3 (25.0%)"
     assert found["truncated"] > 0 and rows["truncated"] == f"{found['truncated']} longer than 57 tokens"
 
