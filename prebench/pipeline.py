@@ -15,6 +15,7 @@ from typing import Any
 
 from prebench.errors import ConfigError, StoreError, did_you_mean
 from prebench.jobs import choose_jobs
+from prebench.launch import launched, train_command
 from prebench.progress import say
 from prebench.records import content_hash
 from prebench.runtime import leave_launcher, process_index
@@ -100,6 +101,7 @@ def run_study(
         train_all(folder, planned, jobs)
         return []
     if launch is not None:
+        train_command(launch, folder, ())  # a launcher that is not there is named before a study is made
         with locked(folder):
             config = open_study(folder, requested)
         train_launched(folder, config, launch)
@@ -136,8 +138,6 @@ def train_launched(folder: Path, config: StudyConfig, launch: str, names: Sequen
         launch: the launcher's words, such as "accelerate launch --num_processes 8".
         names: runs.
     """
-    from prebench.launch import launched, train_command
-
     command = train_command(launch, folder, names)
     if all(is_trained(run, config) for run in chosen_runs(folder, config, names)):
         say("train: every run is trained already")

@@ -32,7 +32,8 @@ def test_the_command_names_study_and_runs(tmp_path):
 
 @pytest.mark.parametrize("words", ["no-such-launcher --x", "", "accelerate 'launch"])
 def test_a_launcher_that_is_not_there_is_refused(tmp_path, words):
-    assert_refused(call(run_command(tmp_path, "--launch", words, "--dry-run")), "--launch")
+    assert_refused(call(run_command(tmp_path, "--launch", words)), "--launch")
+    assert not (tmp_path / STUDY).exists()
 
 
 def test_a_dry_run_prints_the_command(tmp_path):

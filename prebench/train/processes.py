@@ -25,10 +25,14 @@ def join_processes(device: str) -> PartialState:
         device: the recipe's.
 
     Raises:
-        ConfigError: the launcher asks for DeepSpeed or Megatron.
+        ConfigError: the launcher asks for DeepSpeed, Megatron, or tensor or context parallelism.
     """
+    if _asked_for("PARALLELISM_CONFIG"):
+        raise ConfigError(
+            "the launcher's use_parallelism_config: prebench gives each process examples of its own; leave it out"
+        )
     for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+        if _asked_for(name):
             raise ConfigError(
                 f"the launcher asks for {name}, which clips model and predictor by one norm and steps before a loss is "
                 "looked at; start it with `accelerate launch --use_fsdp --fsdp_version 2`, which spreads weights, "
@@ -36,6 +40,10 @@ def join_processes(device: str) -> PartialState:
             )
     every_process_loads()
     return PartialState(cpu=choose_device(device).type == "cpu")
+
+
+def _asked_for(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
 
 
 def require_supported(kind: DistributedType) -> None:

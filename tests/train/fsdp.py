@@ -26,6 +26,7 @@ from prebench.train.checkpoint import Checkpoints
 from prebench.train.log import RunLog
 from prebench.train.loop import TrainingInputs, build_regularizer, train
 from prebench.train.processes import on_main
+from prebench.train.sharding import whole_state
 from prebench.train.stage import Stage
 from tests.conftest import TINY, WORDS
 from tests.data.tiny_conversations import llava_config
@@ -48,6 +49,12 @@ def train_case(case: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         data = open_data(llava_config(Path(config)), processor)
     inputs = TrainingInputs(data, processor, features=None)
     block = VariantConfig.model_validate({"name": "v", "regularizer": case["regularizer"]}).regularizer
+    recipe = TrainConfig.model_validate(case["recipe"])
+    manifest = {"variant": "v", "seed": 0, "config_hash": "c", "parts_hash": "p", "lm_loss": 0, "pre_loss": 0}
+
+    def write(model: Any, name: str, weights: dict[str, Any] | None) -> None:
+        on_main(lambda: export(model, processor, folder / name, manifest | {"dtype": "float32"}, weights) and None)
+
     for stop_at in (*case.get("stops", ()), None):
         log = RunLog(folder / "train.jsonl")
         model = build_model(TINY, tokenizer, 0)
@@ -58,13 +65,16 @@ def train_case(case: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             asked.append(True)
             return len(asked) == stop_at
 
-        recipe = TrainConfig.model_validate(case["recipe"])
+        def keep_last(stage: str, done: int, model: Any = model) -> None:
+            if (stage, done) == ("instruct", recipe.instruct.steps):
+                write(model, "snapshot", whole_state(model, PartialState().is_main_process))
+
+        checkpoints = Checkpoints(folder / "checkpoints", {}, log)
         try:
-            train(model, term, recipe, inputs, 0, log.write, Checkpoints(folder / "checkpoints", {}, log), stop)
+            train(model, term, recipe, inputs, 0, log.write, checkpoints, stop, keep_last)
         except InterruptedRunError:
             assert stop_at is not None
-    manifest = {"variant": "v", "seed": 0, "config_hash": "c", "parts_hash": "p", "dtype": "float32"}
-    on_main(lambda: export(model, processor, folder / "model", manifest | {"lm_loss": 0, "pre_loss": 0}) and None)
+    write(model, "model", None)
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
 

@@ -89,6 +89,10 @@ def test_what_the_loop_was_never_seen_to_train_with_is_refused(monkeypatch):
             with pytest.raises(ConfigError, match=f"the launcher asks for {name}, which clips .* --fsdp_version 2"):
                 join_processes("cpu")
     require_supported(DistributedType.MULTI_CPU)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        with pytest.raises(ConfigError, match=r"use_parallelism_config: .* leave it out"):
+            join_processes("cpu")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="accelerate shards on GPUs alone and chose MULTI_CPU"):
         require_supported(DistributedType.MULTI_CPU)

@@ -102,6 +102,8 @@ def test_sharded_losses_are_those_of_one_process(sharded, tmp_path, name):
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-4, rtol=0)
+    snapshot = load_file(folder / name / "snapshot/model.safetensors")  # written while the weights were sharded
+    assert snapshot.keys() == found.keys() and all(torch.equal(snapshot[key], value) for key, value in found.items())
     model = AutoModelForImageTextToText.from_pretrained(folder / name / "model")
     assert type(model).__name__ == "LlavaForConditionalGeneration"
 
