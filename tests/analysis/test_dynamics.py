@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from prebench.analysis import dynamics
 from prebench.analysis.join import load_study
 from prebench.analysis.plots import write_figures
 from prebench.analysis.tables import write_tables
+from prebench.records import PROBE_HASHES
 from prebench.store import read_json, write_json
 
 from .conftest import StudyMaker, write_snapshots
@@ -21,6 +25,8 @@ BACKGROUND = "background, middle layers"
 def test_every_point_names_its_record_and_weights(make_study: StudyMaker) -> None:
     folder = make_study()
     write_snapshots(folder)
+    failed = folder / "runs" / "pre-s1" / "snapshots" / "step-20" / "eval" / "gqa.json"
+    write_json(failed, read_json(failed) | {"n_errors": 2})
     found = dynamics.points(load_study(folder))
     assert sorted(set(found["step"])) == [10, 20, 40]
     assert all((folder / path).is_file() for path in found["file"])
@@ -29,7 +35,7 @@ def test_every_point_names_its_record_and_weights(make_study: StudyMaker) -> Non
     at = found.set_index(keys)
     row = at.loc[("pre", 1, 20, "benchmark", "gqa", "")]
     assert row["file"] == "runs/pre-s1/snapshots/step-20/eval/gqa.json" and row["weights_hash"] == "w-pre-s1-20"
-    assert row["value"] == read_json(folder / row["file"])["score"]
+    assert row["value"] == read_json(failed)["score"] and row["n"] == read_json(failed)["n"] - 2
     assert at.loc[("pre", 1, 40, "benchmark", "gqa", ""), "file"] == "runs/pre-s1/eval/gqa.json"
     # Layers 1 to 3 of 4 are the middle: (.85 + .80 + .75) / 3, and .1 more at the snapshot before.
     assert at.loc[("pre", 1, 40, "probe", "background", "middle"), "value"] == pytest.approx(0.8)
@@ -68,6 +74,19 @@ def test_what_other_data_made_is_left_out(make_study: StudyMaker) -> None:
     found = dynamics.points(load_study(folder))
     mine = found[(found["variant"] == "pre") & (found["seed"] == 0) & (found["outcome"] == "gqa")]
     assert list(mine["step"]) == [20, 40]
+
+
+def test_a_probe_with_other_settings_is_left_out(make_study: StudyMaker) -> None:
+    folder = make_study()
+    write_snapshots(folder)
+    for place, config in (("", "same"), ("snapshots/step-10", "other"), ("snapshots/step-20", "same")):
+        run = folder / "runs" / "pre-s0" / place
+        weights = read_json(run / "eval" / "gqa.json")["hashes"]["weights"]
+        known = {PROBE_HASHES: json.dumps({"weights": weights, "config": config})}
+        pq.write_table(pq.read_table(run / "probe.parquet").replace_schema_metadata(known), run / "probe.parquet")
+    found = dynamics.points(load_study(folder))
+    mine = found[(found["variant"] == "pre") & (found["seed"] == 0) & (found["layer"] == "middle")]
+    assert set(mine["step"]) == {20, 40}
 
 
 def test_tables_figures_and_page_have_it_only_where_there_are_snapshots(make_study: StudyMaker) -> None:
