@@ -209,10 +209,11 @@ class Stage:
         targets, images, stop = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
         regularizer = self._shared.objective.regularizer
         weight = regularizer.config.weight if regularizer is not None else 0.0
+        spread = is_sharded(wrapped)  # such a model would hold its gradients whole until they are synchronised
         terms = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            synchronised = contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
+            synchronised = contextlib.nullcontext() if last or spread else accelerator.no_sync(wrapped)
             with accelerator.autocast(), synchronised:
                 term = wrapped(batch.to(accelerator.device))
                 # Processes average their gradients; the factor turns the mean into the global batch's sum.
