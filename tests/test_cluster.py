@@ -28,7 +28,9 @@ def weights(study: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_launched_study_goes_on_after_an_interruption_and_ends_with_a_report(tmp_path):
-    more = ("--launch", LAUNCH, "--variants", "pre")
+    suite = tmp_path / "short.yaml"
+    suite.write_text(SUITE)
+    more = ("--launch", LAUNCH, "--variants", "pre", "--suite", str(suite), "--name", STUDY)
     arguments = run_command(tmp_path, *more, train__log_every=1, train__instruct__steps=60)
     log = tmp_path / STUDY / "runs/pre-s0/train.jsonl"
     with subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
@@ -48,6 +50,12 @@ def test_a_launched_study_goes_on_after_an_interruption_and_ends_with_a_report(t
     assert log.read_bytes().count(b"\n") == 62
 
 
+SUITE = """
+defaults: {preset: smoke}
+tasks:
+  - {task: gqa, label: GQA on scenes, data_source: generated, primary_metric: exact_match, num_images: 2,
+     questions_per_image: 2}
+"""
 STUB = """
 echo "$#: $*"
 [ "$ENDS" = well ] && exit 0
