@@ -89,7 +89,7 @@ def test_commands_can_be_typed(page, monkeypatch):
 
 
 def test_commands_are_found():
-    assert sum(len(list(commands(page))) for page in PAGES) > 40
+    assert sum(len(list(commands(page))) for page in PAGES) > 60
     with pytest.raises(click.UsageError, match="No such option"):
         parse(["run", "--suit", "full"])
     with pytest.raises(click.UsageError, match="unknown command"):

@@ -40,7 +40,7 @@ class RegularizerConfig(StrictModel):
     """What every regularizer block has; `type` decides which class it is."""
 
     type: str
-    weight: float = Field(0.0, ge=0)
+    weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     """lambda in L_LM + lambda * L_reg; 0 only logs the loss, which nothing of the model feels."""
     layer: Layer = "half"
     """Decoder layer l whose input the loss acts on."""
@@ -53,9 +53,9 @@ class RegularizerConfig(StrictModel):
 class LearnedRegularizerConfig(RegularizerConfig):
     """The block of a regularizer that has parameters of its own."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Of their own optimiser (AdamW, constant)."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Clipping of their gradients, apart from the model's."""
 
 

@@ -125,6 +125,7 @@ def test_its_fields_are_part_of_the_resolved_configuration(package, tmp_path):
         ("{type: patch_relations, rnak: 3}", "unknown key 'regularizer.rnak' (did you mean 'rank'?"),
         ("{type: patch_relations, rank: 0}", "regularizer.rank: Input should be greater than 0 (got 0)"),
         ("{type: patch_relations, weight: -1}", "regularizer.weight: Input should be greater than or equal to 0"),
+        ("{type: patch_relations, weight: .inf}", "regularizer.weight: Input should be a finite number"),
         ("{type: patch_relations, layer: middle}", "regularizer.layer: write quarter, half, three_quarters, last"),
         ("{type: patch_relation}", "unknown type 'patch_relation'; known: predictive, norm_penalty, patch_relations;"),
         ("{type: patch_relations:PatchRelations}", "unknown type 'patch_relations:PatchRelations'; known: "),
