@@ -55,7 +55,7 @@ class LearnedRegularizerConfig(RegularizerConfig):
 
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Of their own optimiser (AdamW, constant)."""
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, gt=0)
     """Clipping of their gradients, apart from the model's."""
 
 
