@@ -40,7 +40,7 @@ SETTINGS = {
     "data.scenes.num_images": 40,
     "data.easy_vqa.num_images": 40,
     "train.align.steps": 2,
-    "train.instruct.steps": 40,
+    "train.instruct.steps": 16,
     "train.log_every": 1,
 }
 

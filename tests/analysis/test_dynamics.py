@@ -53,6 +53,7 @@ def test_the_change_is_paired_by_run(make_study: StudyMaker) -> None:
     study = load_study(folder)
     numbers, printed, caption = dynamics.table(study, dynamics.points(study))
     assert list(numbers["step"]) == [10, 20, 40, "change"] * 2
+    assert set(numbers["n_seeds"]) == {3}
     row = numbers.set_index(["variant", "step"]).loc[("pre", "change")]
     assert row[GQA] == pytest.approx(0.41)  # .43, .40 and .40
     half = 4.302653 * 0.03 / 3**0.5 / 3**0.5

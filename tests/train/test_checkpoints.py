@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,6 +260,43 @@ def test_a_step_that_a_stopped_process_can_not_save_is_not_called_saved(tmp_path
     trial = Trial(tmp_path, inputs, checkpoint_every=0)
     with pytest.raises(StoreError, match=r"step 4 can't be written \(No space left on device\); kept: none before it"):
         trial.run(stop_at=3)
+
+
+def test_plain_values_that_were_edited_are_found(tmp_path, capsys):
+    checkpoints = opened(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"weights": {"w": torch.ones(2)}}, {"step": step})
+    checkpoints.close()
+    path = tmp_path / "checkpoints" / "step-00000002" / "checkpoint.json"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 7'))
+    assert Checkpoints(tmp_path / "checkpoints", {}, RunLog(tmp_path / "train.jsonl")).open() == 1
+    assert "checkpoint.json differs from its hash" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_more_log_than_there_is_is_not_taken(tmp_path, capsys):
+    checkpoints = opened(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"weights": {"w": torch.ones(2)}}, {})
+        checkpoints.log.write({"step": step})
+    checkpoints.close()
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert Checkpoints(tmp_path / "checkpoints", {}, RunLog(path)).open() == 1
+    assert "train.jsonl is shorter than when it was made" in capsys.readouterr().err
+
+
+def test_the_time_of_earlier_processes_counts_without_the_steps_that_were_lost(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    checkpoints = opened(tmp_path)
+    now[0] += 30
+    checkpoints.save(1, {"weights": {"w": torch.ones(2)}}, {})
+    now[0] += 7  # lost
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "checkpoints", {}, RunLog(tmp_path / "train.jsonl"))
+    assert again.open() == 1
+    now[0] += 5
+    assert again.seconds == 35
 
 
 KILLED_IN_WRITING = """

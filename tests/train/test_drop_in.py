@@ -240,6 +240,30 @@ def test_what_can_not_work_is_said_in_a_line(term):
             term.model(inputs_embeds=torch.zeros(1, 3, 32))
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing(term):
+    with PredictiveRegularizer(term.model) as regularizer:
+        before = [p.detach().clone() for p in regularizer.parameters()]
+        for p in regularizer.parameters():
+            p.grad = torch.full_like(p, float("inf"))
+        with pytest.raises(TrainingError, match="norm of the predictor's gradients is inf; stopped before its step"):
+            regularizer.step()
+        assert all(torch.equal(p, old) for p, old in zip(regularizer.parameters(), before, strict=True))
+
+
+def test_its_step_is_adamw_on_gradients_of_limited_norm(term):
+    with PredictiveRegularizer(term.model, learning_rate=0.01, max_grad_norm=0.5) as regularizer:
+        expected = [torch.nn.Parameter(p.detach().clone()) for p in regularizer.parameters()]
+        optimizer = torch.optim.AdamW(expected, lr=0.01)
+        for size in (100.0, 0.001):  # Adam feels the first limit in the second step
+            for p in (*regularizer.parameters(), *expected):
+                p.grad = torch.full_like(p, size)
+            norm = torch.nn.utils.clip_grad_norm_(expected, 0.5)
+            assert regularizer.step() == pytest.approx(float(norm))
+            optimizer.step()
+        for p, value in zip(regularizer.parameters(), expected, strict=True):
+            torch.testing.assert_close(p, value)
+
+
 def test_its_state_goes_through_safetensors_and_on(tmp_path, term):
     def steps(regularizer: PredictiveRegularizer, number: int) -> None:
         for _ in range(number):

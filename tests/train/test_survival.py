@@ -1,6 +1,7 @@
 """The real command, killed, asked to end, out of disk and with damaged files: the same command ends with equal bytes.
 
-More moments than in a test: `PREBENCH_KILLS=20 pytest -m slow tests/train/test_survival.py` (about ten seconds each).
+More moments than in a test: `PREBENCH_KILLS=20 pytest -m slow tests/train/test_survival.py` (about ten seconds each),
+for one process and for two.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from tests.tiny_study import SETTINGS, assert_refused, call, command
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("PREBENCH_KILLS", "2"))
+KILLS = {1: int(os.environ.get("PREBENCH_KILLS", "2")), 2: int(os.environ.get("PREBENCH_KILLS", "1"))}
+"""By processes; each kill costs a start."""
 STEPS = {"train.align.steps": 20, "train.instruct.steps": 60, "train.log_every": 1, "train.checkpoint_every": 6}
 TOTAL = 80
 TIMEOUT = 300.0
@@ -117,9 +119,10 @@ def test_killed_at_random_moments_of_both_stages_it_ends_with_the_bytes_of_the_u
         plain = make_study(tmp_path / "plain", train__checkpoint_every=0)
         assert call(train_command(plain, *ALONE, processes=processes)).returncode == 0
         expected = result(plain / "runs" / "pre-s0")
-    moments = random.Random(KILLS)  # noqa: S311
-    for number in range(KILLS):
-        lines = 1 + (TOTAL - 12) * number // KILLS + moments.randrange(3)
+    kills = KILLS[processes]
+    moments = random.Random(kills)  # noqa: S311
+    for number in range(kills):
+        lines = 1 + (TOTAL - 12) * (2 * number + 1) // (2 * kills) + moments.randrange(3)
         kill_at(study, lines, moments.uniform(0, 0.05), again)
         assert not (study / "runs" / "pre-s0" / "model").exists(), "killed too late"
     done = call(again)
