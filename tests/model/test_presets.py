@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ PRESETS = [
     pytest.param("siglip2-qwen25-7b-tuned-encoder", 729, 14, "SiglipImageProcessor", QWEN_TALK, True, marks=slow),
     pytest.param("siglip2-qwen25-0.5b", 729, 12, "SiglipImageProcessor", QWEN_TALK, False, marks=slow),
 ]
+
+
+LLAVA = [("align", 558_128, 256, 1e-3), ("instruct", 665_298, 128, 2e-5)]
+"""LLaVA-1.5's stages: examples of one epoch, batch, learning rate; 3% of the steps are warm-up, no weight decay."""
+
+
+@pytest.mark.parametrize("name", [preset.values[0] for preset in PRESETS])
+def test_the_recipe_is_the_published_one(name):
+    config = load_preset(name)
+    for stage, examples, batch, rate in LLAVA:
+        found = getattr(config.train, stage)
+        assert (found.batch_size, found.learning_rate) == (batch, rate), stage
+        assert found.steps == math.ceil(examples / batch), stage
+        assert found.warmup_steps == math.ceil(0.03 * found.steps), stage
+        assert (found.weight_decay, found.max_grad_norm) == (0.0, 1.0), stage
+    assert config.train.align.trainable == ("multi_modal_projector",)
+    assert ("vision_tower" in config.train.instruct.trainable) == name.endswith("tuned-encoder")
+    assert config.data.pad_to_square and config.data.max_length == 2048 and config.data.group_by == "modality_length"
+    assert config.model.vision_tower.feature_layer == -2 and config.model.projector_std is None
 
 
 def study(preset: Any) -> StudyConfig:
