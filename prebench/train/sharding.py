@@ -118,14 +118,6 @@ def whole_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, dict(parts))
 
 
-def begin_sharded_stage(wrapped: nn.Module) -> None:
-    """Tell each unit which of its weights learn from now on: it looks once, and a stage may thaw what was frozen."""
-    for unit in wrapped.modules():
-        if isinstance(unit, FSDPModule):
-            unit.unshard()
-            unit.reshard()
-
-
 @contextmanager
 def computable(wrapped: nn.Module) -> Iterator[None]:
     """Let parts of a wrapped module be called on their own inside the block; layers gather themselves."""

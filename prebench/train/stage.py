@@ -31,7 +31,6 @@ from prebench.train.processes import on_main
 from prebench.train.random_state import random_state, restore_random_state
 from prebench.train.regularizers.predictive import anchor_statistics
 from prebench.train.sharding import (
-    begin_sharded_stage,
     computable,
     gathered,
     is_sharded,
@@ -110,7 +109,6 @@ class Stage:
             return wrapped
         # Sharding replaces parameters, those in the optimisers, too.
         wrapped, *_ = accelerator.prepare(objective, *self._optimizers.values())
-        begin_sharded_stage(wrapped)
         return wrapped
 
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
