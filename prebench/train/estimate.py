@@ -282,8 +282,6 @@ def memory(setup: Setup, counts: Counts, machine: Machine, micro: MicroBatch, ac
     shards = machine.processes if machine.sharding == "fsdp" else 1
     trained = FLOAT * sum(counts.trained.values())
     weights, gradients = FLOAT * sum(counts.total.values()) / shards, trained / shards
-    if shards > 1 and accumulation > 1:
-        gradients += trained  # they are summed up whole, and shared out after the last micro-batch
     optimizer = ADAM * sum(counts.trained.values()) / shards
     buckets = trained if machine.sharding == "ddp" and machine.processes > 1 else 0.0
     half = _gathered(setup, counts) if shards > 1 else formulas.half_weight_bytes(setup)

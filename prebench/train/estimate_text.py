@@ -71,8 +71,8 @@ def _stages(plan: Plan, variant: VariantCost) -> list[str]:
         return lambda s: f"{s.counts.trained[part]:,}"
 
     all_of = variant.stages[0].counts.total
-    rows = [(f"{name}, {all_of[part] / 1e6:,.3g}M", number(part)) for part, name in parts]
-    rows.append((f"predictor, {all_of[PREDICTOR] / 1e6:,.3g}M", number(PREDICTOR)))
+    rows = [(f"{name}, {_number(all_of[part] / 1e6)}M", number(part)) for part, name in parts]
+    rows.append((f"predictor, {_number(all_of[PREDICTOR] / 1e6)}M", number(PREDICTOR)))
     return [*lines, *_table("weights that learn", variant.stages, rows)]
 
 
@@ -84,16 +84,19 @@ def _memory(plan: Plan, variant: VariantCost) -> list[str]:
 
     kept = "activations, checkpointed" if plan.preset.train.gradient_checkpointing else "activations"
     half = "gathered by fsdp" if plan.machine.sharding == "fsdp" else "copies in bfloat16"
+    names = [
+        ("weights", "weights"),
+        (half, "half_weights"),
+        ("gradients", "gradients"),
+        ("optimiser", "optimizer"),
+        ("DDP's buckets", "buckets"),
+        ("kept for the log", "log"),
+        (kept, "activations"),
+        ("logits", "logits"),
+        ("most at one moment", "peak"),
+    ]
     rows: list[Row] = [
-        ("weights", amount("weights")),
-        (half, amount("half_weights")),
-        ("gradients", amount("gradients")),
-        ("optimiser", amount("optimizer")),
-        ("DDP's buckets", amount("buckets")),
-        ("kept for the log", amount("log")),
-        (kept, amount("activations")),
-        ("logits", amount("logits")),
-        ("most at one moment", amount("peak")),
+        (label, amount(name)) for label, name in names if any(getattr(s.memory, name) for s in variant.stages)
     ]
     if plan.limit is not None:
         limit = plan.limit
@@ -162,7 +165,7 @@ def _assumptions(plan: Plan) -> list[str]:
         found.append("fsdp: activations as under ddp, an upper bound (its residual stream is bfloat16)")
     found += [
         "GB are 10^9 bytes; memory is that of a micro-batch of the longest examples, each with a picture, padded",
-        "not counted: CUDA's context, memory in pieces, element-wise work, padding, loading, evaluation and probes",
+        "not counted: CUDA's context, memory in pieces, padding, element-wise work, communication, evaluation, probes",
     ]
     return found
 

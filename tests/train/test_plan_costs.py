@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from prebench.train.estimate_lengths import stage_lengths
 from prebench.train.estimate_plan import ROOM
 from tests.model.published_parts import tiny_preset
 
+ROOT = Path(__file__).parents[2]
 SMALL = "siglip2-qwen25-0.5b"
 
 
@@ -191,3 +194,26 @@ def test_an_external_anchors_width_is_read(tmp_path):
     (tmp_path / "dino" / "config.json").unlink()
     result = plan(*smoke)
     assert result.exit_code == 2 and "config.json" in result.stderr
+
+
+def test_the_page_shows_what_the_command_prints():
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    command, shown = re.findall(r"^```\n\$ prebench plan (--preset [^\n]+)\n(.+?)^```", page, re.MULTILINE | re.DOTALL)[
+        0
+    ]
+    assert plan(*command.split()).stdout == shown
+
+
+@pytest.mark.slow
+def test_the_pages_table_holds_the_commands_numbers(tmp_path):
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+ --gpu[^`]+)` \| (.+) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for number, (command, cells) in enumerate(rows):
+        found = written(tmp_path / str(number), "--preset", *command.split())["variants"][-1]
+        align, instruct, _, operations, share, hours = cells.split(" | ")
+        peaks = [float(stage["memory"]["peak"]) / 1e9 for stage in found["stages"]]
+        assert peaks == pytest.approx([float(align), float(instruct)], rel=0.006), command
+        assert found["operations"] / 1e15 == pytest.approx(float(operations.replace(",", "")), rel=0.001), command
+        assert f"{found['regularizer_share']:.2%}" == share
+        assert found["hours"] == pytest.approx(float(hours), rel=0.006), command
