@@ -201,10 +201,10 @@ def _costs(
     output: Path | None,
 ) -> None:
     from prebench.config import load_preset, load_variant
+    from prebench.costs.plan import plan_costs
+    from prebench.costs.stages import Machine
+    from prebench.costs.text import as_json, render, unknown_regularizers
     from prebench.store import write_json
-    from prebench.train.estimate import Machine
-    from prebench.train.estimate_plan import plan_costs
-    from prebench.train.estimate_text import as_json, render, unknown_regularizers
 
     loaded = load_preset(preset, overrides)
     cuda = loaded.train.device != "cpu"

@@ -27,6 +27,7 @@ ALLOWED = {
     "data": BASE,
     "model": BASE | {"data"},
     "train": BASE | {"data", "model"},
+    "costs": BASE | {"data", "model"},
     "export": BASE | {"model"},
     "probe": BASE | {"model"},
     "evaluation": BASE | {"model", "probe"},
@@ -37,7 +38,7 @@ ALLOWED = {
     "cli": BASE | CLI | {"launch", "pipeline", "analysis"},
     "cli_options": {"analysis"},
     "cli_analysis": BASE | {"analysis", "cli_options"},
-    "cli_plan": BASE | {"analysis", "cli_options", "train"},
+    "cli_plan": BASE | {"analysis", "cli_options", "costs"},
     "cli_probe": BASE | {"cli_options", "pipeline", "data", "export", "probe", "analysis"},
     "cli_tools": BASE | {"cli_options", "data", "model", "evaluation"},
     "__init__": {"train"},  # its public names, loaded when they are asked for

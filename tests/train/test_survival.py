@@ -1,38 +1,35 @@
 """The real command, killed, asked to end, out of disk and with damaged files: the same command ends with equal bytes.
 
-More moments than in a test: `PREBENCH_KILLS=20 pytest -m slow tests/train/test_survival.py` (about ten seconds each),
-for one process and for two.
+More moments than in a test: `PREBENCH_KILLS=20 pytest -m slow tests/train/test_survival.py` (some seconds each).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import random
-import resource
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from prebench.config import load_preset, load_suite, load_variant
 from prebench.errors import InterruptedRunError
 from prebench.schema import StudyConfig
 from prebench.study import open_study
+from tests.command_forks import Forks, Started
 from tests.tiny_study import SETTINGS, assert_refused, call, command
 
 pytestmark = pytest.mark.slow
 
-KILLS = {1: int(os.environ.get("PREBENCH_KILLS", "2")), 2: int(os.environ.get("PREBENCH_KILLS", "1"))}
-"""By processes; each kill costs a start."""
-STEPS = {"train.align.steps": 20, "train.instruct.steps": 60, "train.log_every": 1, "train.checkpoint_every": 6}
-TOTAL = 80
+KILLS = int(os.environ.get("PREBENCH_KILLS", "2"))
+STEPS = {"train.align.steps": 12, "train.instruct.steps": 28, "train.log_every": 1, "train.checkpoint_every": 4}
+TOTAL = 40
 TIMEOUT = 300.0
 ALONE: tuple[object, ...] = ("--jobs", 1)
 
@@ -67,10 +64,17 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with Forks(tmp_path_factory.mktemp("forks")) as found:
+        yield found
+
+
+def wait_until(process: subprocess.Popen[str] | Started, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not happened():
-        assert process.poll() is None, process.stderr.read() if process.stderr else "ended too early"
+        ended = process.ended() if isinstance(process, Started) else process.poll() is not None
+        assert not ended, "ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -89,67 +93,74 @@ def result(run: Path) -> tuple[str, list[dict[str, object]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, object]]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> tuple[str, list[dict[str, object]]]:
     study = make_study(tmp_path_factory.mktemp("plain"), train__checkpoint_every=0)
-    done = call(train_command(study, *ALONE))
+    done = forks.call(train_command(study, *ALONE))
     assert done.returncode == 0, done.stderr[-3000:]
     return result(study / "runs" / "pre-s0")
 
 
-def kill_at(study: Path, lines: int, delay: float, arguments: list[str]) -> None:
+def start_all(forks: Forks, study: Path, processes: int) -> list[Started]:
+    """Start the training command in so many processes, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    found = []
+    for rank in map(str, range(processes)):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        launched = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        found.append(forks.start(train_command(study, *ALONE), **launched if processes > 1 else {}))
+    return found
+
+
+def kill_at(forks: Forks, study: Path, lines: int, delay: float, processes: int) -> None:
     """Kill training `delay` seconds after its log has `lines` lines, whatever it is doing then."""
-    process = start(arguments)
-    wait_until(process, lambda: num_lines(study / "runs" / "pre-s0") >= lines)
+    started = start_all(forks, study, processes)
+    wait_until(started[0], lambda: num_lines(study / "runs" / "pre-s0") >= lines)
     time.sleep(delay)
-    family = psutil.Process(process.pid)
-    for member in [family, *family.children(recursive=True)]:  # a launcher's processes have sessions of their own
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    assert process.wait() == -signal.SIGKILL
+    for process in started:
+        process.send(signal.SIGKILL)
+    # The first writes; another may have noticed its end before it was killed.
+    codes = [process.wait() for process in started]
+    assert codes[0] == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_of_both_stages_it_ends_with_the_bytes_of_the_undisturbed(
-    tmp_path, request, processes
+    tmp_path, request, forks, processes
 ):
-    again = train_command(study := make_study(tmp_path / "killed"), *ALONE, processes=processes)
+    study = make_study(tmp_path / "killed")
     if processes == 1:
         expected = request.getfixturevalue("undisturbed")
     else:
         plain = make_study(tmp_path / "plain", train__checkpoint_every=0)
         assert call(train_command(plain, *ALONE, processes=processes)).returncode == 0
         expected = result(plain / "runs" / "pre-s0")
-    kills = KILLS[processes]
-    moments = random.Random(kills)  # noqa: S311
-    for number in range(kills):
-        lines = 1 + (TOTAL - 12) * (2 * number + 1) // (2 * kills) + moments.randrange(3)
-        kill_at(study, lines, moments.uniform(0, 0.05), again)
+    moments = random.Random(KILLS)  # noqa: S311
+    for number in range(KILLS):
+        lines = 1 + (TOTAL - 12) * number // KILLS + moments.randrange(3)
+        kill_at(forks, study, lines, moments.uniform(0, 0.05), processes)
         assert not (study / "runs" / "pre-s0" / "model").exists(), "killed too late"
-    done = call(again)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "pre-s0: goes on after step" in done.stderr
+    started = start_all(forks, study, processes)
+    assert [process.wait() for process in started] == [0] * processes, started[0].stderr()[-3000:]
+    assert "pre-s0: goes on after step" in started[0].stderr()
     assert result(study / "runs" / "pre-s0") == expected
 
 
-def test_sigterm_a_full_disk_and_a_flipped_byte_one_after_the_other(tmp_path, undisturbed):
+def test_sigterm_a_full_disk_and_a_flipped_byte_one_after_the_other(tmp_path, forks, undisturbed):
     study = make_study(tmp_path)
     run = study / "runs" / "pre-s0"
-    process = start(train_command(study, *ALONE))
+    process = forks.start(train_command(study, *ALONE))
     wait_until(process, lambda: num_lines(run) >= 8)
-    process.terminate()
-    assert process.stderr is not None
-    _, said = process.communicate()
-    assert process.returncode == InterruptedRunError.exit_code, said
+    process.send(signal.SIGTERM)
+    ended, said = process.wait(), process.stderr()
+    assert ended == InterruptedRunError.exit_code, said
     assert "Traceback" not in said and "the same command goes on there" in said.splitlines()[-1]
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     # The log ends at the step that is saved: nothing is lost.
     assert saved[-1] == f"step-{num_lines(run):08d}"
 
-    def no_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # the log fits, the language model does not
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    full = call(train_command(study, *ALONE), preexec=no_room)
+    full = forks.call(train_command(study, *ALONE), file_limit=60_000)  # the log fits, the language model does not
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert_refused(full, "can't be written", f"kept: {saved[-1]}; make room and start the same command again")
     assert len(saved) == 2, "the half of a checkpoint is left"
@@ -158,7 +169,7 @@ def test_sigterm_a_full_disk_and_a_flipped_byte_one_after_the_other(tmp_path, un
     content = bytearray(weights.read_bytes())
     content[-100] ^= 1
     weights.write_bytes(bytes(content))
-    done = call(train_command(study, *ALONE))
+    done = forks.call(train_command(study, *ALONE))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" in done.stderr and "weights.safetensors differs from its hash" in done.stderr
     assert result(run) == undisturbed

@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from prebench.costs import formulas
+from prebench.costs.formulas import MicroBatch, Setup
+from prebench.costs.stages import shape_model
 from prebench.data.collator import Batch
 from prebench.data.encoding import IGNORE_INDEX
 from prebench.model.freezing import freeze_for_stage
 from prebench.schema import ModelConfig, RegularizerConfig
-from prebench.train import estimate_formulas as formulas
-from prebench.train.estimate import shape_model
-from prebench.train.estimate_formulas import MicroBatch, Setup
 from prebench.train.loop import build_regularizer
 from prebench.train.objective import Objective
 

@@ -13,15 +13,15 @@ from click.testing import CliRunner, Result
 
 from prebench.cli import main
 from prebench.config import dump_yaml, load_preset, load_variant
+from prebench.costs.lengths import stage_lengths
+from prebench.costs.plan import ROOM
+from prebench.costs.stages import Machine, stage_costs, vocabulary
 from prebench.data.collator import Collator
 from prebench.data.data_report import inspect
 from prebench.data.examples import TrainingData
 from prebench.data.order import data_order
 from prebench.model.builder import model_processor
 from prebench.model.local_files import local_processor
-from prebench.train.estimate import Machine, stage_costs, vocabulary
-from prebench.train.estimate_lengths import stage_lengths
-from prebench.train.estimate_plan import ROOM
 from tests.model.published_parts import tiny_preset
 
 ROOT = Path(__file__).parents[2]

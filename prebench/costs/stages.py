@@ -1,7 +1,7 @@
 """What training a preset costs: parameters, memory of one process, operations and hours. Nothing is loaded or computed.
 
-The formulas are those of `estimate_formulas`; docs/presets.md states them with their sources. Bytes are bytes, and GB
-are 10^9 of them.
+The formulas are those of `prebench.costs.formulas`; docs/presets.md states them with their sources. Bytes are bytes, and
+GB are 10^9 of them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from prebench.costs import formulas
+from prebench.costs.formulas import FLOAT, MicroBatch, Setup, Work
+from prebench.costs.lengths import Lengths
 from prebench.errors import ConfigError, ModelError, first_line
 from prebench.model.builder import build_tokenizer, text_config, vision_config
 from prebench.model.freezing import PARTS, freeze_for_stage, part_modules
 from prebench.model.published import padded_vocabulary, shape_config
 from prebench.schema import ModelConfig, PresetConfig, RegularizerConfig, StageConfig, layer_names
-from prebench.train import estimate_formulas as formulas
-from prebench.train.estimate_formulas import FLOAT, MicroBatch, Setup, Work
-from prebench.train.estimate_lengths import Lengths
 
 STAGES = ("align", "instruct")
 PREDICTOR = "predictor"

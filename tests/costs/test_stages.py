@@ -18,14 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prebench.config import load_variant
+from prebench.costs import formulas
+from prebench.costs.stages import Machine, memory, stage_counts, vocabulary
 from prebench.model.builder import build_model, model_processor
 from prebench.model.freezing import freeze_for_stage
-from prebench.train import estimate_formulas as formulas
-from prebench.train.estimate import Machine, memory, stage_counts, vocabulary
 from prebench.train.loop import build_regularizer
+from tests.costs import real_steps
+from tests.costs.real_steps import ALIGN, EXAMPLES, INSTRUCT, TUNED
 from tests.model.published_parts import tiny_preset
-from tests.train import real_steps
-from tests.train.real_steps import ALIGN, EXAMPLES, INSTRUCT, TUNED
 
 CLIP, SIGLIP = PAIRS = list(real_steps.PUBLISHED)
 STAGES = {"align": ALIGN, "instruct": INSTRUCT, "tuned": TUNED}

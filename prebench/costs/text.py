@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from prebench.costs.plan import ROOM, Plan, VariantCost
+from prebench.costs.stages import PREDICTOR, StageCost
 from prebench.schema import NormPenaltyConfig, PredictiveConfig, VariantConfig
-from prebench.train.estimate import PREDICTOR, StageCost
-from prebench.train.estimate_plan import ROOM, Plan, VariantCost
 
 BYTES = {"MB": 1e6, "GB": 1e9}
 FLOP = {"TFLOP": 1e12, "PFLOP": 1e15}

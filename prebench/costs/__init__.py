@@ -1,0 +1,1 @@
+"""What training a preset costs, before anything is fetched: `prebench plan --preset`."""
