@@ -1,7 +1,7 @@
 """What training a preset costs: parameters, memory of one process, operations and hours. Nothing is loaded or computed.
 
-The formulas are those of `prebench.costs.formulas`; docs/presets.md states them with their sources. Bytes are bytes, and
-GB are 10^9 of them.
+The formulas are those of `prebench.costs.formulas`; docs/presets.md states them with their sources. Bytes are bytes,
+and GB are 10^9 of them.
 """
 
 from __future__ import annotations
