@@ -26,7 +26,8 @@ from tests.evaluation.mirror import NUM_IMAGES, QUESTIONS, write_mirror
 
 pytestmark = pytest.mark.slow
 
-KILLS = 10
+KILLS = {1: 10, 2: 4}
+"""By threads of the evaluation."""
 TIMEOUT = 300.0
 TASKS = tuple(
     TaskConfig(task=name, label=name, data_source=source, primary_metric="exact_match", num_images=NUM_IMAGES)
@@ -119,7 +120,7 @@ def num_answers(folder: Path) -> int:
     return count
 
 
-def test_an_evaluation_killed_at_ten_random_moments(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_an_evaluation_killed_at_random_moments(evaluation: Evaluation, tmp_path: Path) -> None:
     evaluation.start(evaluation.request(tmp_path / "undisturbed", None))
     assert evaluation.status() == 0
     expected = samples(tmp_path / "undisturbed")
@@ -129,7 +130,7 @@ def test_an_evaluation_killed_at_ten_random_moments(evaluation: Evaluation, tmp_
     killed, answers = tmp_path / "killed", tmp_path / "answers"
     request = evaluation.request(killed, answers)
     random = np.random.default_rng(0)
-    for _ in range(KILLS):
+    for _ in range(KILLS[evaluation.threads]):
         known, before = num_answers(answers), len(evaluation.batches())
         pid = evaluation.start(request)
         wanted = known + int(random.integers(0, 5))
