@@ -84,15 +84,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_with_extends(path: Path, kind: str) -> dict[str, Any]:
+def _read_with_extends(path: Path, kind: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     values = read_yaml(path)
     base = values.pop("extends", None)
     if base is None:
         return values
+    chain = (*extended_by, path.resolve())
     base_path = _find(kind, str(base))
-    base_values = read_yaml(base_path)
-    if "extends" in base_values:
-        raise ConfigError(f"{path}: extends {base!r}, which extends another file; one level is allowed")
+    if base_path.resolve() in chain:
+        raise ConfigError(f"{path}: extends {base!r}, which leads back to a file that extends it")
+    base_values = _read_with_extends(base_path, kind, chain)
     base_values.pop("name", None)
     return _merge(base_values, values)
 

@@ -111,10 +111,21 @@ def test_a_study_names_everything_once():
         validate(type(load_suite("smoke")), suite | {"tasks": [*suite["tasks"], suite["tasks"][0]]}, "suite")
 
 
-def test_extends_is_one_level(tmp_path):
-    (tmp_path / "v.yaml").write_text("extends: pre\nregularizer: {weight: 2.0}\n")
-    with pytest.raises(ConfigError, match="one level is allowed"):
-        load_variant(str(tmp_path / "v.yaml"))
+def test_extends_goes_on_until_a_file_extends_none(tmp_path):
+    """A preset of the user's may extend a shipped one that extends another."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: siglip2-qwen25-0.5b\nname: mine\ntrain: {instruct: {steps: 7}}\n")
+    mine, shipped = load_preset(str(path)), load_preset("siglip2-qwen25-0.5b")
+    assert (mine.name, mine.train.instruct.steps, mine.model) == ("mine", 7, shipped.model)
+    assert mine.train.instruct.model_copy(update={"steps": shipped.train.instruct.steps}) == shipped.train.instruct
+
+
+def test_extends_in_a_circle_is_refused(tmp_path):
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text(f"extends: {other}\nname: one\n")
+    other.write_text(f"extends: {one}\nname: other\n")
+    with pytest.raises(ConfigError, match=r"other.yaml: extends .*one.yaml', which leads back to a file"):
+        load_variant(str(one))
 
 
 def test_yaml_objects_are_not_constructed(tmp_path):
