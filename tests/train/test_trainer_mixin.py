@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from prebench import PredictiveRegularizer, PredictiveTrainerMixin
 from prebench.data.order import data_order
-from prebench.errors import StoreError
+from prebench.errors import ConfigError, StoreError
 from prebench.model.builder import build_model
 from prebench.model.freezing import freeze_for_stage
 from prebench.schema import PredictiveConfig, StageConfig, TrainConfig
@@ -115,6 +115,8 @@ def test_a_checkpoint_goes_on_and_the_export_is_free_of_it(inputs, tmp_path):
     changes = {"max_steps": 4, "lr_scheduler_type": "constant", "logging_steps": 2}
     whole = trainer(inputs, tmp_path / "whole", **changes)
     whole.train()
+    for line in losses(whole):  # means over two steps
+        assert line["loss"] == pytest.approx(line["lm_loss"] + 0.5 * line["pre_loss"], abs=2e-3)
     first = trainer(inputs, tmp_path / "parts", **changes | {"max_steps": 2}, save_strategy="steps", save_steps=2)
     first.train()
     second = trainer(inputs, tmp_path / "parts", **changes)
@@ -141,3 +143,17 @@ def test_evaluation_has_the_models_own_loss(inputs, tmp_path):
     batch = micro_batches(inputs)[0]
     with torch.no_grad():
         assert evaluated["eval_loss"] == pytest.approx(found.model(**batch).loss.item(), abs=1e-5)
+
+
+def test_where_the_trainer_takes_means_of_micro_batches_so_does_pre(inputs, tmp_path):
+    found = trainer(inputs, tmp_path, max_steps=1)
+    found.model_accepts_loss_kwargs = False
+    found.train()
+    (line,) = losses(found)
+    assert line["loss"] == pytest.approx(line["lm_loss"] + 0.5 * line["pre_loss"], abs=2e-3)
+    assert -1 <= line["pre_loss"] <= 1
+
+
+def test_scaled_gradients_are_refused(inputs, tmp_path):
+    with pytest.raises(ConfigError, match="fp16 scales gradients, the predictor's are not; take bf16"):
+        trainer(inputs, tmp_path, fp16=True)
