@@ -74,11 +74,12 @@ def run_jobs(function: Callable[..., None], jobs: Mapping[str, Job], num_process
     # A queue with a thread behind it: a worker that is killed while it reports must not stop the others.
     messages = context.Queue()
     stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(messages, jobs, stop), daemon=True)
+    finished: set[str] = set()
+    follower = threading.Thread(target=_follow, args=(messages, jobs, finished, stop), daemon=True)
     follower.start()
     try:
         with ProcessPoolExecutor(num_processes, context, _start, (messages,)) as pool, _passing_on(pool) as stopping:
-            _run_all(pool, function, jobs, num_processes, stopping)
+            _run_all(pool, function, jobs, num_processes, stopping, finished)
     finally:
         stop.set()
         follower.join()
@@ -111,19 +112,22 @@ def _run_all(
     jobs: Mapping[str, Job],
     num_processes: int,
     stop: Callable[[], bool],
+    finished: set[str],
 ) -> None:
-    """Hand out one job per free process, so that after a failure none waits inside the pool."""
+    """Hand out one job per free process, so that after a failure none waits inside the pool; note who finished."""
     waiting = list(jobs.items())
-    running: set[Future[None]] = set()
+    running: dict[Future[None], str] = {}
     error: BaseException | None = None
     try:
         while running or (waiting and error is None and not stop()):
             while waiting and error is None and not stop() and len(running) < num_processes:
                 name, job = waiting.pop(0)
-                running.add(pool.submit(_run, function, name, job.arguments))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                error = error or future.exception()
+                running[pool.submit(_run, function, name, job.arguments)] = name
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, failed = running.pop(future), future.exception()
+                error = error or failed
+                if failed is None:
+                    finished.add(name)
     except KeyboardInterrupt:
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -174,8 +178,12 @@ def _run(function: Callable[..., None], name: str, arguments: tuple[Any, ...]) -
             leaving.start()
 
 
-def _follow(messages: Any, jobs: Mapping[str, Job], stop: threading.Event) -> None:
-    """Show messages until told to stop and none is left; a terminal that went away stops the showing alone."""
+def _follow(messages: Any, jobs: Mapping[str, Job], finished: set[str], stop: threading.Event) -> None:
+    """Show messages until told to stop and none is left; a terminal that went away stops the showing alone.
+
+    The last messages of a worker may be lost with it, so that the parent's word counts in the end.
+    """
+    ended: set[str] = set()
     lines: dict[str, ProgressLine] = {}
     while True:
         try:
@@ -184,8 +192,13 @@ def _follow(messages: Any, jobs: Mapping[str, Job], stop: threading.Event) -> No
             if stop.is_set():
                 break
             continue
+        ended |= {name} if done is None else set()
         with contextlib.suppress(OSError, SystemExit):
             _show(lines, jobs[name], name, done, note)
+    with contextlib.suppress(OSError, SystemExit):
+        for name in sorted(finished - ended):
+            _show(lines, jobs[name], name, jobs[name].total, "")
+            _show(lines, jobs[name], name, None, "")
     for line in lines.values():
         line.__exit__(TrainingError, None, None)
 

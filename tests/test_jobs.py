@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from prebench import jobs as jobs_module
 from prebench.errors import DataError, TrainingError
 from prebench.jobs import Job, available_cores, choose_jobs, run_jobs
 
@@ -44,7 +46,20 @@ def test_all_jobs_run_in_processes_of_their_own(tmp_path, capsys):
     run_jobs(write, jobs(tmp_path, "a", "b", "c"), 2)
     pids = {(tmp_path / name).read_text() for name in "abc"}
     assert str(os.getpid()) not in pids
-    assert all(f"{name}: done in" in capsys.readouterr().err for name in ["a"])
+    shown = capsys.readouterr().err
+    assert all(f"{name}: done in" in shown for name in "abc")
+
+
+def mute(report, folder: Path, name: str) -> None:
+    """Write, and die so soon that no message comes home."""
+    jobs_module._messages = queue.SimpleQueue()
+    (folder / name).write_text("done")
+
+
+def test_a_job_whose_messages_were_lost_is_shown_as_done(tmp_path, capsys):
+    run_jobs(mute, jobs(tmp_path, "a", "b"), 2)
+    shown = capsys.readouterr().err
+    assert all(f"{name}: done in" in shown for name in "ab")
 
 
 def test_a_users_error_comes_back_as_it_is_and_the_others_finish(tmp_path):
