@@ -57,7 +57,7 @@ def test_processes_side_by_side_find_what_one_finds(folders, tmp_path, monkeypat
     alone = find_unreadable([path], {"image": False}, False, done.append)
     assert done == [4, 6] and [picture.row for picture in alone[path]] == [1, 5]
     monkeypatch.setattr("prebench.data.quarantine.POOL_ROWS", 1)
-    monkeypatch.setattr("prebench.data.quarantine._cores", lambda: 2)
+    monkeypatch.setattr("prebench.data.quarantine.available_cores", lambda: 2)
     assert find_unreadable([path], {"image": False}, False, done.append) == alone
 
 
