@@ -90,13 +90,13 @@ def _part(run: Run, figure: Path) -> str:
     found = versions()
     machine = hardware()
     first = run.measurements[0]
-    rounds = len(run.rounds(first.questions_per_image))
+    repeats = len(run.rounds(first.questions_per_image))
     where = machine["gpu"] if run.device.startswith("cuda") else f"{run.threads} threads of {machine['machine']}"
     lines = [
         f"## {run.title} ({run.model})",
         "",
         f"float32 on {run.device} ({where}); at most {run.max_new_tokens} new tokens; plain generate in batches of "
-        f"{run.batch_size}; {rounds} rounds of {first.questions} questions each; "
+        f"{run.batch_size}; {repeats} rounds of {first.questions} questions each; "
         f"torch {found['torch']}, transformers {found['transformers']}, lmms-eval {found['lmms_eval']}.",
         "",
         "| questions per image | system | questions/s | new tokens/s | prebench is faster by | equal answers |",
