@@ -16,6 +16,7 @@ from prebench.cli_options import (
     jobs_option,
     launch_option,
     mirror_option,
+    names,
     results_option,
     study_option,
     tracker_option,
@@ -58,14 +59,8 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _split(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
 def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    parts = _split(ctx, param, value)
+    parts = names(ctx, param, value)
     if parts is None:
         return None
     if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
@@ -93,7 +88,7 @@ def main() -> None:
 @main.command()
 @click.option("--suite", default="full", show_default=True, help="What is measured: a name or a YAML file.")
 @click.option("--preset", help="Model, data and recipe: a name or a YAML file. The suite's own by default.")
-@click.option("--variants", callback=_split, help="Training objectives, separated by commas.")
+@click.option("--variants", callback=names, help="Training objectives, separated by commas.")
 @click.option("--controls", is_flag=True, help=f"Add the controls to the variants: {', '.join(CONTROLS)}.")
 @click.option("--seeds", callback=_seeds, help="Seeds, separated by commas.")
 @click.option("--name", help="Study name; <suite>-<preset> by default.")
@@ -234,7 +229,7 @@ def train(study: str | None, results: Path, names: tuple[str, ...], jobs: int | 
 @main.command()
 @study_option
 @results_option
-@click.option("--tasks", callback=_split, help="lmms-eval task ids of the suite; all by default.")
+@click.option("--tasks", callback=names, help="lmms-eval task ids of the suite; all by default.")
 @mirror_option
 @jobs_option
 def evaluate(

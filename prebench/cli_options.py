@@ -69,6 +69,16 @@ def tracker_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def comma_separated(value: str) -> tuple[str, ...]:
+    """Return what stands between commas, without spaces around; nothing for what is empty."""
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Read an option that lists names (click's callback)."""
+    return None if value is None else comma_separated(value)
+
+
 def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --device and --dtype."""
     dtype = click.option(

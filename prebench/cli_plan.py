@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import click
 
-from prebench.cli_options import chosen_study, results_option, study_option, width
+from prebench.cli_options import chosen_study, names, results_option, study_option, width
 from prebench.errors import ConfigError
 
 
@@ -29,10 +29,6 @@ GPUS = {
     "rtx4090": _Gpu(165, 82.6, 24),
 }
 OF_SEEDS = ("pair", "difference", "power", "study", "results", "seed_sd", "discordant", "icc", "questions_per_image")
-
-
-def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def _lengths(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, float]:
@@ -71,7 +67,7 @@ def _of_costs(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--sharding", type=click.Choice(["ddp", "fsdp"]), default="ddp", show_default=True),
             click.option(
                 "--variants",
-                callback=_names,
+                callback=names,
                 help="Training objectives, separated by commas; baseline,pre by default.",
             ),
             click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="How many."),
@@ -178,12 +174,10 @@ def _seeds(
         click.echo(planning.text_before(difference / 100, power, seed_sd / 100, *shares))
         return
     loaded = load_study(chosen_study(results, study))
-    names = pair or tuple(loaded.variants[:2])
-    if len(names) != 2:
-        raise ConfigError(
-            f"plan: two variants are compared, not {len(names)}; or give --seed-sd to plan without a study"
-        )
-    click.echo(planning.text(compare(loaded, *names), difference / 100, power, width()))
+    two = pair or tuple(loaded.variants[:2])
+    if len(two) != 2:
+        raise ConfigError(f"plan: two variants are compared, not {len(two)}; or give --seed-sd to plan without a study")
+    click.echo(planning.text(compare(loaded, *two), difference / 100, power, width()))
 
 
 def _costs(

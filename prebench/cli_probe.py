@@ -12,10 +12,12 @@ from click.core import ParameterSource
 
 from prebench.cli_options import (
     chosen_study,
+    comma_separated,
     device_options,
     jobs_option,
     mirror_option,
     model_folder,
+    names,
     results_option,
     study_option,
 )
@@ -29,12 +31,8 @@ SCENES = "scenes"
 STUDY_OPTIONS = ("study", "results", "mirror", "jobs")
 
 
-def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
-
-
 def _ids(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    parts = comma_separated(value)
     if not all(part.isascii() and part.isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r}: write whole numbers separated by commas, such as 255")
     return tuple(int(part) for part in parts)
@@ -45,7 +43,7 @@ def _ids(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int,
 @click.option("--data", default=SCENES, show_default=True, help="The suite's scenes, or a local data set's folder.")
 @click.option("--suite", default="full", show_default=True, help="Whose scenes and attributes: a name or a YAML file.")
 @click.option("--image-column", default="image", show_default=True, help="Of the data set.")
-@click.option("--label-columns", callback=_names, help="What to decode, separated by commas; label by default.")
+@click.option("--label-columns", callback=names, help="What to decode, separated by commas; label by default.")
 @click.option("--mask-column", help="Object ids per pixel, 0 = background; mask by default.")
 @click.option(
     "--category-column",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prebench.cli_options import device_options, model_folder
+from prebench.cli_options import comma_separated, device_options, model_folder
 from prebench.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def mirror(
 def _chosen_tasks(suite: SuiteConfig, chosen: str | None) -> list[str]:
     from prebench.errors import did_you_mean
 
-    names = [part.strip() for part in (chosen or "").split(",") if part.strip()] or suite.task_names
+    names = list(comma_separated(chosen or "")) or suite.task_names
     for name in names:
         if name not in suite.task_names:
             raise ConfigError(f"--tasks: unknown task {name!r}{did_you_mean(name, suite.task_names)}")
@@ -178,7 +178,7 @@ def _verify(folder: Path) -> None:
 
 
 def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    parts = comma_separated(value)
     if not parts or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r}: write whole numbers from 1 separated by commas, such as 1,4,16")
     return tuple(dict.fromkeys(int(part) for part in parts))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prebench.costs.lengths import Lengths, stage_lengths
-from prebench.costs.stages import STAGES, Machine, StageCost, external_width, stage_costs, vocabulary
+from prebench.costs.stages import Machine, StageCost, external_width, stage_costs, vocabulary
 from prebench.model.local_files import local_processor
-from prebench.schema import PredictiveConfig, PresetConfig, VariantConfig
+from prebench.schema import STAGES, PredictiveConfig, PresetConfig, VariantConfig
 
 ROOM = 0.9
 """Share of the memory that may be planned with: CUDA's own context and what lies in pieces need the rest."""

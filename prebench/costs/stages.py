@@ -22,9 +22,8 @@ from prebench.errors import ConfigError, ModelError, first_line
 from prebench.model.builder import build_tokenizer, text_config, vision_config
 from prebench.model.freezing import PARTS, freeze_for_stage, part_modules
 from prebench.model.published import padded_vocabulary, shape_config
-from prebench.schema import ModelConfig, PresetConfig, RegularizerConfig, StageConfig, layer_names
+from prebench.schema import STAGES, ModelConfig, PresetConfig, RegularizerConfig, StageConfig, layer_names
 
-STAGES = ("align", "instruct")
 PREDICTOR = "predictor"
 ADAM = 8
 """Bytes per trained weight: two float32 averages."""

@@ -26,7 +26,6 @@ from prebench.records import content_hash
 from prebench.schema import DataConfig, LlavaJsonConfig, SourceConfig
 from prebench.store import write_jsonl
 
-STAGES = ("align", "instruct")
 QUARANTINE = "quarantine.jsonl"
 
 Report = Callable[[str, int, int], None]

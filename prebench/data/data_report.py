@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from prebench.data.conversations import STAGES, OpenedSource, Report, open_sources
+from prebench.data.conversations import OpenedSource, Report, open_sources
 from prebench.data.encoding import IGNORE_INDEX, encode_example
 from prebench.data.examination import Examination, Finding
 from prebench.data.examples import TrainingData
 from prebench.data.records import Source
 from prebench.data.visual_tokens import image_tokens
-from prebench.schema import DataConfig
+from prebench.schema import STAGES, DataConfig
 
 SHOWN_BAD = 5
 PERCENTILES = (0, 50, 95, 99, 100)

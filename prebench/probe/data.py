@@ -103,6 +103,7 @@ def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
             f"{where}: neither a column of labels nor one of masks is known; name one with --label-columns or "
             f"--mask-column (columns: {', '.join(dataset.column_names)})"
         )
+    told = ["semantic"] if columns.semantic else [category] if category else []
     subsets = _subsets(where, dataset, subset, parts) if labels else np.full(len(dataset), "test")
     return ProbeData(
         name=path.resolve().name,
@@ -112,7 +113,7 @@ def open_data(path: Path, columns: Columns, cache: Path) -> ProbeData:
         subsets=subsets,
         attributes=tuple(Attribute(name) for name in labels),
         has_masks=mask is not None,
-        digest=content_hash([_files(path), repr(columns), *([category] if category else []), *_semantic(columns)]),
+        digest=content_hash([_files(path), repr(columns), *told]),
         categories=_object_categories(where, dataset, columns, category),
     )
 
@@ -133,10 +134,6 @@ def _object_categories(
     if columns.semantic:
         return [_Ids()] * len(dataset)
     return None if category is None else _categories(where, dataset, category)
-
-
-def _semantic(columns: Columns) -> list[str]:
-    return ["semantic"] if columns.semantic else []
 
 
 def _splits(path: Path, cache: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from prebench.schema.data import (
     TableConfig,
 )
 from prebench.schema.preset import (
+    STAGES,
     LanguageModelConfig,
     ModelConfig,
     PresetConfig,
@@ -40,6 +41,7 @@ from prebench.schema.suite import AttributeConfig, ProbeConfig, SuiteConfig, Sui
 from prebench.schema.variant import VariantConfig
 
 __all__ = [
+    "STAGES",
     "AttributeConfig",
     "ColumnsConfig",
     "DataConfig",

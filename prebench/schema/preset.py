@@ -113,6 +113,10 @@ class ModelConfig(StrictModel):
     torch's own start of linear layers, as in LLaVA."""
 
 
+STAGES = ("align", "instruct")
+"""Of training, in their order; fields of `TrainConfig`."""
+
+
 class StageConfig(StrictModel):
     """One training stage."""
 

@@ -18,6 +18,7 @@ from prebench.errors import ConfigError
 from prebench.model.visual_states import num_layers
 from prebench.runtime import choose_device, choose_dtype, derive_seed, seed_everything
 from prebench.schema import (
+    STAGES,
     PredictiveConfig,
     RegularizerConfig,
     StageConfig,
@@ -38,8 +39,6 @@ from prebench.train.regularizers.predictive import PredictiveRegularizer
 from prebench.train.sharding import sharding_plugin, to_cpu
 from prebench.train.stage import Shared, Stage
 from prebench.train.trackers import tracked
-
-STAGES = ("align", "instruct")
 
 
 def build_regularizer(
