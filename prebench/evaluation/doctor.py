@@ -29,6 +29,7 @@ from prebench.errors import EvaluationError, ModelError, user_error
 from prebench.evaluation.engine import Engine
 from prebench.evaluation.generation import GenerationRequest
 from prebench.evaluation.prompts import Messages
+from prebench.evaluation.threads import num_workers
 from prebench.progress import ProgressLine
 from prebench.schema import StrictModel
 from prebench.store import read_json, write_json
@@ -261,12 +262,13 @@ def _order(count: int, batch_size: int) -> list[int]:
 def _answers(
     engine: Engine, documents: Sequence[Document], order: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, str]]:
-    """Answer documents with at most about `batch_size` in a batch.
+    """Answer documents with at most about `batch_size` in one pass of the model.
 
     Raises:
         EvaluationError: a document failed.
     """
-    engine.token_budget = 1 if batch_size == 1 else batch_size * _widest(engine, documents)
+    passes_at_once = num_workers(engine.model)
+    engine.token_budget = 1 if batch_size == 1 else batch_size * _widest(engine, documents) * passes_at_once
     requests = (GenerationRequest(number, documents[number].messages, MAX_NEW_TOKENS) for number in order)
     for answer in engine.generate(requests):
         number = int(answer.key)  # type: ignore[call-overload]

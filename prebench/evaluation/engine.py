@@ -38,10 +38,10 @@ T = TypeVar("T")
 DEFAULT_TOKEN_BUDGET = 0
 """Chosen by the memory that is free."""
 SMALLEST_BUDGET = 512
-LARGEST_BUDGET = {"cpu": 6_144, "cuda": 131_072}
-"""More tokens in a batch are no faster; on a CPU they leave its caches."""
+LARGEST_PART = {"cpu": 6_144, "cuda": 131_072}
+"""More tokens at once are no faster; on a CPU they leave its caches."""
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
-"""Of the free memory, for the batches that are computed at once."""
+"""Of the free memory, for a batch."""
 PLANNED_NEW_TOKENS = 64
 """Most answers are far shorter than their limit: the budget plans with at most this many new tokens."""
 SUPPORTED = ("llava", "llava_next", "vipllava")
@@ -67,8 +67,9 @@ class Engine:
             model_dir: the folder with config.json, processor and weights.
             device: "auto", "cpu" or "cuda".
             dtype: "auto" (bfloat16 on CUDA, float32 on a CPU), "float32" or "bfloat16".
-            token_budget: largest number of tokens (rows x positions) in one batch, of which a CPU computes several at
-                once; 0: what the free memory holds. It halves by itself where memory ends.
+            token_budget: largest number of tokens (rows x positions) in one batch, which is all that is computed at
+                once: a CPU computes it in parts, one per core. 0: what the free memory holds. It halves by itself
+                where memory ends.
 
         Raises:
             ModelError: the folder holds no supported model.
@@ -79,6 +80,7 @@ class Engine:
         with loading():
             self.model, self.processor = load_supported(model_dir, self.device, choose_dtype(dtype, self.device))
         self.token_budget = token_budget or free_budget(self.model)
+        self._workers = num_workers(self.model)  # asked once: the threads that compute see their share of the cores
         self._memory_ended = False
         self._tokenizer = self.processor.tokenizer
         self._eos_ids = _eos_ids(self.model, model_dir)
@@ -93,7 +95,7 @@ class Engine:
             requests: an iterator is enough; it is read in windows, in a thread of its own.
             known: asked for each rendered prompt; its text is the answer, and nothing is computed for it.
         """
-        for answers in side_by_side(self._works(requests, known), num_workers(self.model)):
+        for answers in side_by_side(self._works(requests, known), self._num_parts):
             yield from answers
 
     def extract(
@@ -104,8 +106,18 @@ class Engine:
 
         return extract_features(self.model, self.processor, images, masks, batch_size=batch_size)
 
+    @property
+    def _num_parts(self) -> int:
+        """In how many parts a batch is computed, side by side; a budget of 1 asks one question at a time."""
+        return min(self._workers, self.token_budget)
+
+    @property
+    def _part_budget(self) -> int:
+        """Largest number of tokens in one part of a batch."""
+        return self.token_budget // self._num_parts
+
     def _works(self, requests: Iterable[GenerationRequest], known: Known | None) -> Iterator[Work[list[Answer]]]:
-        """Yield what is to be computed, batch by batch."""
+        """Yield what is to be computed, part by part."""
         for window in read_windows(self._prompts, requests, known):
             if window.answers:
                 yield partial(iter, [window.answers])
@@ -130,7 +142,7 @@ class Engine:
             shapes = [tuple(t.shape) for image in _inputs(encoded, window.images) for t in image.values()]
             by_shape.setdefault((encoded.prefix_length, tuple(shapes)), []).append(group)
         for (prefix_length, _), same_shape in by_shape.items():
-            batches = -(-len(same_shape) * prefix_length // self.token_budget) or 1
+            batches = -(-len(same_shape) * prefix_length // self._part_budget) or 1
             at_once = -(-len(same_shape) // min(batches, len(same_shape)))
             for start in range(0, len(same_shape), at_once):
                 yield same_shape[start : start + at_once]
@@ -155,11 +167,11 @@ class Engine:
             start += count
 
     def _fitting(self, jobs: Sequence[Job]) -> int:
-        """Return how many jobs (sorted by suffix length) fit into the token budget: at least one."""
+        """Return how many jobs (sorted by suffix length) fit into a part of a batch: at least one."""
         count = 0
         for job in jobs:
             width = len(job.encoded.ids) + min(job.request.max_new_tokens, PLANNED_NEW_TOKENS)
-            if count and (count + 1) * width > self.token_budget:
+            if count and (count + 1) * width > self._part_budget:
                 break
             count += 1
         return count
@@ -270,8 +282,9 @@ def free_budget(model: Any) -> int:
     activations = 8 * (text.hidden_size + text.intermediate_size)
     num_bytes = (2 * cache + activations) * model.dtype.itemsize  # the prefixes' cache, and that of the rows
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    fitting = int(MEMORY_SHARE.get(device.type, 0.25) * free / num_bytes / num_workers(model))
-    return max(SMALLEST_BUDGET, min(fitting, LARGEST_BUDGET.get(device.type, LARGEST_BUDGET["cpu"])))
+    fitting = int(MEMORY_SHARE.get(device.type, 0.25) * free / num_bytes)
+    largest = LARGEST_PART.get(device.type, LARGEST_PART["cpu"]) * num_workers(model)
+    return max(SMALLEST_BUDGET, min(fitting, largest))
 
 
 def _inputs(prompt: Encoded, images: Images) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Computes batches side by side on a CPU: one thread per core keeps cores busier than one batch spread over all.
+"""Computes parts of a batch side by side on a CPU: one per core keeps cores busier than one pass spread over all.
 
 On two cores, a pass of a small model spread over both is 1.5 times as fast as on one; two passes at once are 1.9 times.
 """
@@ -20,13 +20,13 @@ Items = SimpleQueue[tuple[str, Any, Event]]
 """What it is ("item", "end", "error"), its value, and the event to set when the caller is done with it."""
 
 MOST_WORKERS = 4
-"""More batches at once need more memory, and larger ones per thread are no slower."""
+"""More parts are smaller ones, and larger ones per thread are no slower."""
 ROPE_WITH_STATE = ("dynamic", "longrope")
-"""Position embeddings that change with the length of the batch, in the module itself: no two batches at once."""
+"""Position embeddings that change with the length of the batch, in the module itself: no two passes at once."""
 
 
 def num_workers(model: Any) -> int:
-    """Return how many batches a model may compute at once: one on a GPU, up to one per core on a CPU."""
+    """Return how many passes a model may compute at once: one on a GPU, up to one per core on a CPU."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if model.device.type != "cpu" or rope.get("rope_type") in ROPE_WITH_STATE:
         return 1
