@@ -9,7 +9,7 @@ a block of steps with each system, another one first each time, so that a load o
 step is not timed. Ratios are taken within a round: their geometric mean, with a 95% t interval over rounds.
 
 `none` has no regularizer, `baseline` fits the predictor to detached states (weight 0), `pre` is weight 0.5. The
-trainers train without PRe, as `none` does.
+trainers train without PRe, as `none` does. What a checkpoint costs is measured apart: `pre` that writes one per step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -52,13 +53,17 @@ from prebench.runtime import hardware, prepare_cpu, versions
 from prebench.schema import DataConfig, PredictiveConfig, StageConfig, TrainConfig
 from prebench.store import write_text
 from prebench.train.batches import MicroBatches, TrainingInputs
+from prebench.train.checkpoint import Checkpoints
 from prebench.train.features import cached_features
+from prebench.train.log import RunLog
 from prebench.train.loop import build_accelerator, build_regularizer, train
 from prebench.train.objective import Objective
 
 WEIGHTS = {"none": None, "baseline": 0.0, "pre": 0.5}
 TRAINERS = ("Trainer", "SFTTrainer")
 PARTS = ("forward", "backward", "optimiser")
+STEPS_BETWEEN = TrainConfig.model_fields["checkpoint_every"].default
+"""Steps between two checkpoints."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -148,12 +153,15 @@ def main() -> None:
         peak = _gemm_peak()
         flops = _flops_per_step(setting)
         blocks: dict[str, list[Block]] = {name: [] for name in args.systems}
+        run_block(args.systems[0], setting)  # warms up; not counted
         for number in range(args.rounds):
             start = number % len(args.systems)
             for name in args.systems[start:] + args.systems[:start]:
                 blocks[name].append(run_block(name, setting))
                 sys.stderr.write(f"round {number}: {name} {blocks[name][-1].seconds * 1e3:.1f} ms per step\n")
-    table = _report(args, setting, blocks, peak, flops)
+        table = _report(args, setting, blocks, peak, flops)
+        if "pre" in args.systems:
+            table += " " + _checkpoint_cost(setting, float(np.median([block.seconds for block in blocks["pre"]])))
     print(table)
     if args.output:
         write_text(args.output, table + "\n")
@@ -243,6 +251,39 @@ def _core_block(weight: float | None, setting: Setting) -> Block:
     with clock.watching():
         train(setting.model, regularizer, setting.recipe, setting.inputs, 0, lambda _line: clock.step_ended())
     return clock.block(setting.stage.steps)
+
+
+def _checkpoint_cost(setting: Setting, step_seconds: float) -> str:
+    """Say what a checkpoint of `pre` costs in wall time, beside the steps between two of them."""
+    folder, waiting, writing = Path(setting.folder) / "checkpointed", list[float](), list[float]()
+    checkpoints = Checkpoints(folder / "checkpoints", {}, RunLog(folder / "train.jsonl"))
+    recipe = setting.recipe.model_copy(update={"checkpoint_every": 1})
+    save, write = Checkpoints.save, Checkpoints._write
+
+    def timed_save(self: Checkpoints, *args: Any) -> None:
+        self.wait()  # the write of the one before is no part of this one
+        start = time.perf_counter()
+        save(self, *args)
+        waiting.append(time.perf_counter() - start)
+
+    def timed_write(self: Checkpoints, *args: Any) -> None:
+        start = time.perf_counter()
+        write(self, *args)
+        writing.append(time.perf_counter() - start)
+
+    regularizer = build_regularizer(PredictiveConfig(weight=0.5), setting.model, seed=0)
+    with (
+        mock.patch.object(Checkpoints, "save", timed_save),
+        mock.patch.object(Checkpoints, "_write", timed_write),
+    ):
+        train(setting.model, regularizer, recipe, setting.inputs, 0, lambda _line: None, checkpoints)
+    checkpoints.remove()
+    wait, written = float(np.median(waiting)), float(np.median(writing))
+    share = (wait + written) / (STEPS_BETWEEN * step_seconds)
+    return (
+        f"A checkpoint (median of {len(waiting)}): training waits {wait * 1e3:.0f} ms, writing beside it takes "
+        f"{written * 1e3:.0f} ms; both together are {share:.2%} of {STEPS_BETWEEN} steps."
+    )
 
 
 def _trainer_block(name: str, setting: Setting) -> Block:
