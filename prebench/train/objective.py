@@ -62,6 +62,8 @@ class Objective(nn.Module):
         """Run the decoder once and return the loss sums of a micro-batch.
 
         The LM head is applied to positions that have a target only; the rest of the logits would be thrown away.
+        Padding stands on the right, where no token of a causal decoder sees it. Without a mask, attention takes the
+        kernel that leaves out the future in place of computing and then hiding it.
         """
         inner = self.model.model
         features = batch.vision_features
@@ -72,7 +74,6 @@ class Objective(nn.Module):
         with capture(self.model, batch.input_ids, layers) as states:
             outputs = inner(
                 input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
                 mm_encoder_outputs=encoded_images(projected),
                 use_cache=False,
             )

@@ -99,6 +99,28 @@ def test_accumulation_does_not_change_the_loss(run_training, batch_size, accumul
         assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3)
 
 
+def test_loss_and_gradients_are_those_of_transformers_with_its_mask(inputs):
+    """No mask is given to the decoder (Objective.forward): padding must be seen by nothing all the same."""
+    model = build_model(TINY, inputs.processor.tokenizer, 0)
+    order = ExampleOrder(inputs.data, StageConfig.model_validate(RECIPE["instruct"]), "instruct", 0)
+    batch = MicroBatches(order, inputs, build_accelerator(TrainConfig.model_validate(RECIPE)))[0]
+    assert (batch.attention_mask == 0).any()
+    losses, gradients = [], []
+    for ours in (True, False):
+        model.zero_grad()
+        if ours:
+            loss = Objective(model, None)(batch).total(batch.num_targets, 1, 0.0)
+        else:
+            texts = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+            loss = model(**texts, pixel_values=batch.pixel_values).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("zero", EVERY_TYPE_AT_ZERO, ids=repr)
 def test_gradients_of_the_model_ignore_a_weight_of_zero(inputs, zero):
     gradients = []
