@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -155,5 +156,8 @@ def test_where_the_trainer_takes_means_of_micro_batches_so_does_pre(inputs, tmp_
 
 
 def test_scaled_gradients_are_refused(inputs, tmp_path):
-    with pytest.raises(ConfigError, match="fp16 scales gradients, the predictor's are not; take bf16"):
-        trainer(inputs, tmp_path, fp16=True)
+    try:
+        with pytest.raises(ConfigError, match="fp16 scales gradients, the predictor's are not; take bf16"):
+            trainer(inputs, tmp_path, fp16=True)
+    finally:
+        AcceleratorState._reset_state()  # the next test's precision is another
