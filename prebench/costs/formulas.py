@@ -1,7 +1,7 @@
 """What a training step computes and keeps, by formula: operations and bytes of every part of the model.
 
-Everything is counted for the code that trains here: float32 weights under autocast, decoder layers with a padding mask,
-a language-model head on target positions alone. docs/presets.md states the formulas; the tests compare them with
+Everything is counted for the code that trains here: float32 weights under autocast, decoder layers without a mask, a
+language-model head on target positions alone. docs/presets.md states the formulas; the tests compare them with
 `FlopCounterMode` and with the tensors that autograd keeps in real steps.
 
 Symbols: b examples of a micro-batch, T tokens each, S = b T, n target tokens, P pictures of N patches, M = P N visual
@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prebench.schema import ModelConfig, NormPenaltyConfig, PredictiveConfig, RegularizerConfig, layer_names
+from prebench.schema import (
+    LanguageModelConfig,
+    ModelConfig,
+    NormPenaltyConfig,
+    PredictiveConfig,
+    RegularizerConfig,
+    layer_names,
+)
 
 TOWER, PROJECTOR, LANGUAGE_MODEL = "vision_tower", "multi_modal_projector", "language_model"
 FLOAT = 4
@@ -90,10 +97,15 @@ class Work:
         return Work(self.forward * factor, self.backward * factor, self.again * factor)
 
 
+def _key_width(lm: LanguageModelConfig) -> int:
+    """Return K, the width of all keys of a token, and of its values."""
+    return (lm.num_key_value_heads or lm.num_attention_heads) * (lm.hidden_size // lm.num_attention_heads)
+
+
 def layer_matrices(model: ModelConfig) -> int:
     """Return the weights of a decoder layer's seven matrices."""
     lm = model.language_model
-    keys = (lm.num_key_value_heads or lm.num_attention_heads) * (lm.hidden_size // lm.num_attention_heads)
+    keys = _key_width(lm)
     return lm.hidden_size * (2 * lm.hidden_size + 2 * keys + 3 * lm.intermediate_size)
 
 
@@ -210,17 +222,18 @@ def decoder_layer_bytes(setup: Setup, micro: MicroBatch) -> float:
     """Return what autograd keeps of one decoder layer, without copies of weights.
 
     Both norms: the residual stream (float32), a scale per token and, where their weights learn, the normed tokens.
-    Attention: queries, keys and values of all heads, output, log-sum-exp, and the padding mask as numbers. MLP: gate,
-    its activation and the up projection. Where the matrices learn, also their inputs: autocast casts one anew for every
-    matrix.
+    Attention: queries, keys and values of each of their heads, output, log-sum-exp. MLP: gate, its activation and the up
+    projection. Where the matrices learn, also their inputs: autocast casts one anew for every matrix.
     """
     lm, w = setup.model.language_model, setup.width
     size, inner = lm.hidden_size, lm.intermediate_size
-    per_token = 2 * (FLOAT * size + FLOAT) + 4 * w * size + FLOAT * lm.num_attention_heads + 3 * w * inner
+    per_token = (
+        2 * (FLOAT * size + FLOAT) + 2 * w * (size + _key_width(lm)) + FLOAT * lm.num_attention_heads + 3 * w * inner
+    )
     if setup.language_learns:
         inputs = 5 if setup.half else 2
         per_token += 2 * FLOAT * size + inputs * w * size + w * inner
-    return micro.examples * micro.tokens * (per_token + w * micro.tokens)
+    return micro.examples * micro.tokens * per_token
 
 
 def decoder_bytes(setup: Setup, micro: MicroBatch) -> float:
