@@ -222,7 +222,7 @@ def decoder_layer_bytes(setup: Setup, micro: MicroBatch) -> float:
     """Return what autograd keeps of one decoder layer, without copies of weights.
 
     Both norms: the residual stream (float32), a scale per token and, where their weights learn, the normed tokens.
-    Attention: queries, keys and values of each of their heads, output, log-sum-exp. MLP: gate, its activation and the up
+    Attention: queries, keys and values of their own heads, output, log-sum-exp. MLP: gate, its activation and the up
     projection. Where the matrices learn, also their inputs: autocast casts one anew for every matrix.
     """
     lm, w = setup.model.language_model, setup.width
