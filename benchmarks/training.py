@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -114,26 +115,31 @@ class Clock:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Time the objective's forward pass, backward passes and AdamW's steps inside the block."""
-        watched = (("forward", Objective, "forward"), ("backward", torch.Tensor, "backward"))
-        watched += (("optimiser", torch.optim.AdamW, "step"),)
-        originals = [(owner, name, getattr(owner, name)) for _, owner, name in watched]
-        for part, owner, name in watched:
-            setattr(owner, name, self._timed(part, getattr(owner, name)))
-        try:
+        with (
+            timed(Objective, "forward", self._now, partial(self._spend, "forward")),
+            timed(torch.Tensor, "backward", self._now, partial(self._spend, "backward")),
+            timed(torch.optim.AdamW, "step", self._now, partial(self._spend, "optimiser")),
+        ):
             yield
+
+    def _spend(self, part: str, seconds: float) -> None:
+        self._spent[part] += seconds
+
+
+@contextmanager
+def timed(owner: type, name: str, now: Callable[[], float], spent: Callable[[float], None]) -> Iterator[None]:
+    """Tell `spent` the seconds of every call of a class's method inside the block."""
+    method = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = now()
+        try:
+            return method(*args, **kwargs)
         finally:
-            for owner, name, original in originals:
-                setattr(owner, name, original)
+            spent(now() - start)
 
-    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = self._now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._spent[part] += self._now() - start
-
-        return call
+    with mock.patch.object(owner, name, call):
+        yield
 
 
 class CachedTower(nn.Module):
@@ -258,25 +264,14 @@ def _checkpoint_cost(setting: Setting, step_seconds: float) -> str:
     folder, waiting, writing = Path(setting.folder) / "checkpointed", list[float](), list[float]()
     checkpoints = Checkpoints(folder / "checkpoints", {}, RunLog(folder / "train.jsonl"))
     recipe = setting.recipe.model_copy(update={"checkpoint_every": 1})
-    save, write = Checkpoints.save, Checkpoints._write
-
-    def timed_save(self: Checkpoints, *args: Any) -> None:
-        self.wait()  # the write of the one before is no part of this one
-        start = time.perf_counter()
-        save(self, *args)
-        waiting.append(time.perf_counter() - start)
-
-    def timed_write(self: Checkpoints, *args: Any) -> None:
-        start = time.perf_counter()
-        write(self, *args)
-        writing.append(time.perf_counter() - start)
-
     regularizer = build_regularizer(PredictiveConfig(weight=0.5), setting.model, seed=0)
     with (
-        mock.patch.object(Checkpoints, "save", timed_save),
-        mock.patch.object(Checkpoints, "_write", timed_write),
+        timed(Checkpoints, "save", time.perf_counter, waiting.append),
+        timed(Checkpoints, "_write", time.perf_counter, writing.append),
     ):
-        train(setting.model, regularizer, recipe, setting.inputs, 0, lambda _line: None, checkpoints)
+        # Waiting after every step keeps the write of one checkpoint out of the next one's time.
+        stop, after_step = (lambda: False), (lambda _stage, _done: checkpoints.wait())
+        train(setting.model, regularizer, recipe, setting.inputs, 0, lambda _: None, checkpoints, stop, after_step)
     checkpoints.remove()
     wait, written = float(np.median(waiting)), float(np.median(writing))
     share = (wait + written) / (STEPS_BETWEEN * step_seconds)

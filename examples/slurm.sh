@@ -36,18 +36,19 @@ done
 options=(--suite "$SUITE" --preset "$PRESET" --name "$STUDY" --results "$RESULTS"
     --variants "${VARIANTS// /,}" --seeds "${SEEDS// /,}" $MORE)
 
-# Run a command; where SIGTERM ended it with a checkpoint (exit code 75), queue this job again.
+# Run a command; where SIGTERM ended it with a checkpoint (exit code 75), or before it listened, queue this job again.
 survive() {
-    local code=0 stopped=
+    local code=0 stopped= child=
+    trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child"' TERM
     "$@" &
-    local child=$!
-    trap 'stopped=1; kill -TERM "$child"' TERM
+    child=$!
+    [ -z "$stopped" ] || kill -TERM "$child" # the signal came before the child's number was known
     wait "$child" || code=$?
     if [ -n "$stopped" ]; then # the signal ended the waiting, not the command
         code=0
         wait "$child" || code=$?
     fi
-    if [ "$code" -eq 75 ]; then
+    if [ "$code" -eq 75 ] || { [ -n "$stopped" ] && [ "$code" -eq 143 ]; }; then
         scontrol requeue "$SLURM_JOB_ID"
         exit 0
     fi

@@ -59,6 +59,7 @@ tasks:
 STUB = """
 echo "$#: $*"
 [ "$ENDS" = well ] && exit 0
+[ "$ENDS" = early ] && kill -TERM "$PPID" && exec sleep 60
 trap 'echo saved; exit 75' TERM
 echo waiting
 while true; do sleep 0.05; done
@@ -126,6 +127,11 @@ def test_a_preempted_job_is_queued_again(tmp_path):
         assert job.poll() is None
     job.send_signal(signal.SIGTERM)
     assert "saved" in ended(job)
+    assert (tmp_path / "asked").read_text() == "scontrol requeue 7\n"
+
+
+def test_a_job_that_is_preempted_before_its_command_listens_is_queued_again(tmp_path):
+    ended(slurm(tmp_path, SLURM_ARRAY_TASK_ID="0", ENDS="early"))
     assert (tmp_path / "asked").read_text() == "scontrol requeue 7\n"
 
 
