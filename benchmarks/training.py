@@ -3,13 +3,15 @@
     python benchmarks/training.py                              the embedded model
     python benchmarks/training.py --architecture smollm2       random weights of SmolLM2-135M's architecture
 
-The same model object, examples, order, collation, batch, accumulation, optimizer settings, dtype and threads for all,
+The same model object, examples, collation, batch, accumulation, optimizer settings, dtype and threads for all,
 and cached features of the vision tower for all (`--input features`) or for none (`--input pixels`). Every round trains
 a block of steps with each system, another one first each time, so that a load of the machine meets all; a block's first
 step is not timed. Ratios are taken within a round: their geometric mean, with a 95% t interval over rounds.
 
 `none` has no regularizer, `baseline` fits the predictor to detached states (weight 0), `pre` is weight 0.5. The
-trainers train without PRe, as `none` does. What a checkpoint costs is measured apart: `pre` that writes one per step.
+trainers train without PRe, as `none` does, on the same examples in every step: Trainer and SFTTrainer in micro-batches
+as they were drawn, which is how they deal them out themselves, `Trainer-sorted` in those that prebench's core makes (a
+step's examples sorted by length). What a checkpoint costs is measured apart: `pre` that writes one per step.
 """
 
 from __future__ import annotations
@@ -18,16 +20,14 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from clock import PARTS, Block, Clock, timed
 from datasets import Dataset
 from documents import export_smollm2
 from scipy import stats
@@ -61,8 +61,7 @@ from prebench.train.loop import build_accelerator, build_regularizer, train
 from prebench.train.objective import Objective
 
 WEIGHTS = {"none": None, "baseline": 0.0, "pre": 0.5}
-TRAINERS = ("Trainer", "SFTTrainer")
-PARTS = ("forward", "backward", "optimiser")
+TRAINERS = ("Trainer", "SFTTrainer", "Trainer-sorted")
 STEPS_BETWEEN = TrainConfig.model_fields["checkpoint_every"].default
 """Steps between two checkpoints."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -79,67 +78,6 @@ class Setting:
     folder: str
     now: Callable[[], float]
     """The clock, in seconds."""
-
-
-@dataclass
-class Block:
-    """One block of steps of one system."""
-
-    seconds: float
-    """Per step, without the first."""
-    parts: dict[str, float] = field(default_factory=dict)
-    """Share of the step's time in the forward pass (losses included), the backward pass and the optimisers."""
-
-
-class Clock:
-    """Counts the time of steps and of the parts inside them, from the end of the first step on."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._marks: list[float] = []
-        self._spent = dict.fromkeys(PARTS, 0.0)
-        self._at_first: dict[str, float] = {}
-
-    def step_ended(self) -> None:
-        """Note the end of an optimiser step."""
-        self._marks.append(self._now())
-        if len(self._marks) == 1:
-            self._at_first = dict(self._spent)
-
-    def block(self, steps: int) -> Block:
-        """Return the block of so many steps, the first included."""
-        total = self._marks[-1] - self._marks[0]
-        parts = {name: (self._spent[name] - self._at_first[name]) / total for name in PARTS}
-        return Block(total / (steps - 1), parts)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Time the objective's forward pass, backward passes and AdamW's steps inside the block."""
-        with (
-            timed(Objective, "forward", self._now, partial(self._spend, "forward")),
-            timed(torch.Tensor, "backward", self._now, partial(self._spend, "backward")),
-            timed(torch.optim.AdamW, "step", self._now, partial(self._spend, "optimiser")),
-        ):
-            yield
-
-    def _spend(self, part: str, seconds: float) -> None:
-        self._spent[part] += seconds
-
-
-@contextmanager
-def timed(owner: type, name: str, now: Callable[[], float], spent: Callable[[float], None]) -> Iterator[None]:
-    """Tell `spent` the seconds of every call of a class's method inside the block."""
-    method = getattr(owner, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start = now()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            spent(now() - start)
-
-    with mock.patch.object(owner, name, call):
-        yield
 
 
 class CachedTower(nn.Module):
@@ -241,7 +179,7 @@ def run_block(name: str, setting: Setting) -> Block:
     """Train one block of steps with a system.
 
     Args:
-        name: none, baseline, pre, Trainer or SFTTrainer.
+        name: one of WEIGHTS or TRAINERS.
         setting: what all systems share.
     """
     block = _core_block(WEIGHTS[name], setting) if name in WEIGHTS else _trainer_block(name, setting)
@@ -287,7 +225,7 @@ def _trainer_block(name: str, setting: Setting) -> Block:
     tower = model.model.vision_tower
     if setting.inputs.features is not None:
         model.model.vision_tower = CachedTower()
-    micro_batches = _micro_batches(setting)
+    micro_batches = _micro_batches(setting, by_length=name == "Trainer-sorted")
     options: dict[str, Any] = {
         "model": model,
         "train_dataset": Dataset.from_dict({"number": range(len(micro_batches))}),
@@ -312,7 +250,7 @@ def _trainer_block(name: str, setting: Setting) -> Block:
         "logging_strategy": "no",
         "disable_tqdm": True,
     }
-    if name == "Trainer":
+    if name != "SFTTrainer":
         trainer = Trainer(args=TrainingArguments(**arguments), **options)
     else:
         more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
@@ -323,9 +261,9 @@ def _trainer_block(name: str, setting: Setting) -> Block:
     return clock.block(stage.steps)
 
 
-def _micro_batches(setting: Setting) -> MicroBatches:
+def _micro_batches(setting: Setting, by_length: bool = True) -> MicroBatches:
     order = data_order(setting.inputs.data, setting.stage, "instruct", 0)
-    return MicroBatches(order, setting.inputs, build_accelerator(setting.recipe))
+    return MicroBatches(order, setting.inputs, build_accelerator(setting.recipe), by_length)
 
 
 def _as_inputs(batch: Batch) -> dict[str, Any]:
@@ -400,7 +338,7 @@ def _report(
         else:
             row += ["", ""]
         lines.append(f"| {' | '.join(row)} |")
-    pairs = [("pre", "baseline"), ("pre", "none"), ("Trainer", "none"), ("SFTTrainer", "none")]
+    pairs = [("pre", "baseline"), ("pre", "none"), *((name, "none") for name in TRAINERS)]
     lines += ["", f"Seconds per step ({args.clock} time), ratio within rounds: "]
     told = [f"{a} / {b} {_ratio(blocks[a], blocks[b])}" for a, b in pairs if a in blocks and b in blocks]
     return "\n".join(lines) + "; ".join(told) + "."

@@ -255,7 +255,7 @@ def evaluate_all(
         device=recipe.device,
         dtype=dtype_name(config),
         cpu_threads=recipe.cpu_threads,
-        jobs=choose_jobs(jobs or gpus, len(models), recipe.cpu_threads, device),
+        jobs=choose_jobs(jobs or gpus, len(models) * len(tasks), recipe.cpu_threads, device),
     )
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from prebench.config import validate
 from prebench.errors import EvaluationError, PrebenchError, user_error
-from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, find_task, plan
+from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, WorkItem, find_task, plan
 from prebench.progress import ProgressLine, say
 from prebench.runtime import visible_gpus
 from prebench.schema import SuiteConfig
@@ -56,7 +56,7 @@ def evaluate_study(
         device: "auto", "cpu" or "cuda".
         dtype: "float32" or "bfloat16", never "auto": a result in one precision does not stand for the other.
         cpu_threads: threads of one process on a CPU; None leaves torch's choice.
-        jobs: processes side by side, each with runs of its own.
+        jobs: processes side by side, each with runs or tasks of its own (`split`).
 
     Raises:
         EvaluationError: a task is missing or failed; the results of the others are written.
@@ -121,12 +121,17 @@ def run_in_subprocesses(
 
 
 def split(work: Work, jobs: int) -> list[Work]:
-    """Share the runs out over at most `jobs` processes; the runs of one part are evaluated one after the other."""
-    runs = list(dict.fromkeys(item.run for item in work.items))
-    parts = [set(part) for number in range(jobs) if (part := [run.name for run in runs[number::jobs]])]
-    return [
-        work.model_copy(update={"items": tuple(item for item in work.items if item.run.name in part)}) for part in parts
-    ]
+    """Share the work out over at most `jobs` processes: whole runs, or where there are fewer of them, their tasks."""
+    by_run: dict[RunRequest, list[WorkItem]] = {}
+    for item in work.items:
+        by_run.setdefault(item.run, []).append(item)
+    found = list(by_run.values())
+    if jobs <= len(found):
+        shares = [[item for items in found[number::jobs] for item in items] for number in range(jobs)]
+    else:
+        processes = [len(range(number, jobs, len(found))) for number in range(len(found))]
+        shares = [items[part::parts] for items, parts in zip(found, processes, strict=True) for part in range(parts)]
+    return [work.model_copy(update={"items": tuple(share)}) for share in shares if share]
 
 
 class _Child:

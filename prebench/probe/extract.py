@@ -371,3 +371,5 @@ class _Batch:
         self._finish_objects()
         for states in self._last:
             self._run.decoder.add(states)
+        # They refer back to this batch: its tokens would wait for a full garbage collection, and memory would grow.
+        del self.encoder, self.states

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prebench.errors import EvaluationError, ModelError
-from prebench.evaluation.request import EvaluationRequest, RunRequest, find_task, plan
-from prebench.evaluation.runner import run_in_subprocesses
+from prebench.evaluation.request import EvaluationRequest, RunRequest, Work, WorkItem, find_task, plan
+from prebench.evaluation.runner import run_in_subprocesses, split
 from prebench.records import SampleRecord, TaskRecord
 from prebench.runtime import data_dir
 from prebench.schema import ProbeConfig, TaskConfig
@@ -98,6 +98,35 @@ def test_equal_weights_give_equal_samples(evaluated: Path) -> None:
     for task in ("gqa", "prebench_easy_vqa"):
         first, second = (evaluated / f"pre-s{s}" / "eval" / f"{task}.samples.jsonl" for s in (0, 1))
         assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+def test_more_processes_than_runs_share_the_tasks_and_write_the_same(evaluated, tiny_export, mirror, tmp_path) -> None:
+    request = _request(tiny_export, tmp_path)
+    request = request.model_copy(update={"runs": request.runs[:1]})
+    run_in_subprocesses(request, mirror, tmp_path / "cache", jobs=2)
+    assert (tmp_path / "cache" / "evaluate-1.log").is_file()
+    for task in ("gqa", "prebench_easy_vqa"):
+        name = f"pre-s0/eval/{task}.samples.jsonl"
+        assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes()
+    pd.testing.assert_frame_equal(*(pd.read_parquet(f / "pre-s0" / "probe.parquet") for f in (tmp_path, evaluated)))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "shares"),
+    [
+        (1, ["a1 a2 a3 b1 b2 b3"]),
+        (2, ["a1 a2 a3", "b1 b2 b3"]),
+        (3, ["a1 a3", "a2", "b1 b2 b3"]),
+        (5, ["a1", "a2", "a3", "b1 b3", "b2"]),
+        (9, ["a1", "a2", "a3", "b1", "b2", "b3"]),
+    ],
+)
+def test_processes_share_runs_and_then_tasks(tmp_path: Path, jobs: int, shares: list[str]) -> None:
+    runs = [RunRequest(variant=name, seed=0, model_dir=tmp_path, run_dir=tmp_path) for name in "ab"]
+    items = tuple(WorkItem(run=run, task=f"{run.variant}{number}", hashes={}) for run in runs for number in (1, 2, 3))
+    work = Work(request=EvaluationRequest(runs=tuple(runs)), items=items, data="")
+    assert [" ".join(item.task for item in part.items) for part in split(work, jobs)] == shares
 
 
 @pytest.mark.slow

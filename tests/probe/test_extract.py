@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +83,23 @@ def test_the_vision_tower_runs_once_per_batch(loaded, scenes):
     extract_features(model, processor, images, masks, batch_size=4)
     handle.remove()
     assert len(calls) == 2
+
+
+def test_a_batch_that_is_over_leaves_no_tensor_to_the_garbage_collector(loaded, scenes):
+    images, masks = [image for image, _ in scenes], [mask for _, mask in scenes]
+
+    def tensors() -> int:
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    extract_features(*loaded, images[:1], masks[:1])
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        extract_features(*loaded, images, masks, batch_size=1)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 def test_images_without_a_mask_have_no_structure(loaded, scenes, features):
