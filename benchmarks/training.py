@@ -6,7 +6,9 @@
 The same model object, examples, collation, batch, accumulation, optimizer settings, dtype and threads for all,
 and cached features of the vision tower for all (`--input features`) or for none (`--input pixels`). Every round trains
 a block of steps with each system, another one first each time, so that a load of the machine meets all; a block's first
-step is not timed. Ratios are taken within a round: their geometric mean, with a 95% t interval over rounds.
+step is not timed. Ratios are taken within a round: their geometric mean, with a 95% t interval over rounds. prebench's
+systems run in one process, which it sets up as it sets up every process that computes; the trainers run in another,
+which they find as Python starts it.
 
 `none` has no regularizer, `baseline` fits the predictor to detached states (weight 0), `pre` is weight 0.5. The
 trainers train without PRe, as `none` does, on the same examples in every step: Trainer and SFTTrainer in micro-batches
@@ -21,7 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -88,27 +92,62 @@ class CachedTower(nn.Module):
         return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
 
 
+_setting: Setting
+"""In a process that computes: what its systems share."""
+
+
 def main() -> None:
     """Measure and print a table."""
     args = _arguments()
-    prepare_cpu(args.threads)
     with tempfile.TemporaryDirectory(prefix="prebench-benchmark-") as folder:
-        setting = _smollm2(args, Path(folder)) if args.architecture else _embedded(args, Path(folder))
-        peak = _gemm_peak()
-        flops = _flops_per_step(setting)
-        blocks: dict[str, list[Block]] = {name: [] for name in args.systems}
-        run_block(args.systems[0], setting)  # warms up; not counted
-        for number in range(args.rounds):
-            start = number % len(args.systems)
-            for name in args.systems[start:] + args.systems[:start]:
-                blocks[name].append(run_block(name, setting))
-                sys.stderr.write(f"round {number}: {name} {blocks[name][-1].seconds * 1e3:.1f} ms per step\n")
-        table = _report(args, setting, blocks, peak, flops)
-        if "pre" in args.systems:
-            table += " " + _checkpoint_cost(setting, float(np.median([block.seconds for block in blocks["pre"]])))
+        core, peers = (
+            ProcessPoolExecutor(1, get_context("spawn"), _begin, (args, folder, own)) for own in (True, False)
+        )
+        with core, peers:
+            machine = core.submit(_machine).result()
+            blocks: dict[str, list[Block]] = {name: [] for name in args.systems}
+            for number in range(-1, args.rounds):  # the first warms up and is not counted
+                start = number % len(args.systems)
+                for name in args.systems[start:] + args.systems[:start]:
+                    block = (core if name in WEIGHTS else peers).submit(run_block, name).result()
+                    sys.stderr.write(f"round {number}: {name} {block.seconds * 1e3:.1f} ms per step\n")
+                    if number >= 0:
+                        blocks[name].append(block)
+            table = _report(args, machine, blocks)
+            if "pre" in args.systems:
+                seconds = float(np.median([block.seconds for block in blocks["pre"]]))
+                table += " " + core.submit(_checkpoint_cost, seconds).result()
     print(table)
     if args.output:
         write_text(args.output, table + "\n")
+
+
+def _begin(args: argparse.Namespace, folder: str, own: bool) -> None:
+    """Prepare a process for prebench's own systems, or for the trainers."""
+    global _setting
+    if own:
+        prepare_cpu(args.threads)
+    elif args.threads:
+        torch.set_num_threads(args.threads)
+    place = Path(folder) / ("core" if own else "trainers")
+    place.mkdir()
+    _setting = _smollm2(args, place) if args.architecture else _embedded(args, place)
+
+
+@dataclass
+class Machine:
+    """What the table says above its rows."""
+
+    threads: int
+    gemm_peak: float
+    """FLOP/s."""
+    flops: float
+    """Of matrix products per step of `none`."""
+    stage: StageConfig
+
+
+def _machine() -> Machine:
+    return Machine(torch.get_num_threads(), _gemm_peak(), _flops_per_step(_setting), _setting.stage)
 
 
 def _arguments() -> argparse.Namespace:
@@ -137,17 +176,17 @@ def _embedded(args: argparse.Namespace, folder: Path) -> Setting:
     preset = load_preset("embedded")
     processor = build_processor(preset.model.vision_tower, build_tokenizer())
     model = build_model(preset.model, processor.tokenizer, seed=0)
-    return _setting(args, folder, model, processor, preset.train.instruct, questions_per_image=8)
+    return _build_setting(args, folder, model, processor, preset.train.instruct, questions_per_image=8)
 
 
 def _smollm2(args: argparse.Namespace, folder: Path) -> Setting:
     export_smollm2(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     stage = StageConfig(steps=2, batch_size=4, learning_rate=1e-5)
-    return _setting(args, folder, model, AutoProcessor.from_pretrained(folder), stage, questions_per_image=4)
+    return _build_setting(args, folder, model, AutoProcessor.from_pretrained(folder), stage, questions_per_image=4)
 
 
-def _setting(
+def _build_setting(
     args: argparse.Namespace,
     folder: Path,
     model: LlavaForConditionalGeneration,
@@ -175,15 +214,10 @@ def _setting(
     return Setting(model, TrainingInputs(data, processor, features), stage, recipe, str(folder), CLOCKS[args.clock])
 
 
-def run_block(name: str, setting: Setting) -> Block:
-    """Train one block of steps with a system.
-
-    Args:
-        name: one of WEIGHTS or TRAINERS.
-        setting: what all systems share.
-    """
-    block = _core_block(WEIGHTS[name], setting) if name in WEIGHTS else _trainer_block(name, setting)
-    vars(setting.model).pop("forward", None)  # TRL and accelerate put theirs in front of the model's own
+def run_block(name: str) -> Block:
+    """Train one block of steps with a system: one of WEIGHTS or TRAINERS."""
+    block = _core_block(WEIGHTS[name], _setting) if name in WEIGHTS else _trainer_block(name, _setting)
+    vars(_setting.model).pop("forward", None)  # TRL and accelerate put theirs in front of the model's own
     return block
 
 
@@ -197,8 +231,9 @@ def _core_block(weight: float | None, setting: Setting) -> Block:
     return clock.block(setting.stage.steps)
 
 
-def _checkpoint_cost(setting: Setting, step_seconds: float) -> str:
+def _checkpoint_cost(step_seconds: float) -> str:
     """Say what a checkpoint of `pre` costs in wall time, beside the steps between two of them."""
+    setting = _setting
     folder, waiting, writing = Path(setting.folder) / "checkpointed", list[float](), list[float]()
     checkpoints = Checkpoints(folder / "checkpoints", {}, RunLog(folder / "train.jsonl"))
     recipe = setting.recipe.model_copy(update={"checkpoint_every": 1})
@@ -312,25 +347,23 @@ def _ratio(above: list[Block], below: list[Block]) -> str:
     return f"{np.exp(mean):.3f} [{np.exp(mean - half):.3f}, {np.exp(mean + half):.3f}]"
 
 
-def _report(
-    args: argparse.Namespace, setting: Setting, blocks: dict[str, list[Block]], peak: float, flops: float
-) -> str:
-    stage, used = setting.stage, versions()
+def _report(args: argparse.Namespace, machine: Machine, blocks: dict[str, list[Block]]) -> str:
+    stage, used = machine.stage, versions()
     software = ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers") if name in used)
     lines = [
         f"## {args.architecture or 'embedded'}, {args.input}",
         "",
-        f"float32 on cpu ({torch.get_num_threads()} threads of {hardware().get('machine', 'this machine')}); "
+        f"float32 on cpu ({machine.threads} threads of {hardware().get('machine', 'this machine')}); "
         f"{stage.batch_size} examples per step in {stage.gradient_accumulation_steps} micro-batches; {args.rounds} "
-        f"rounds of {args.steps} steps; {flops / 1e9:.1f} GFLOP of matrix products per step of `none`; "
-        f"GEMM peak {peak / 1e9:.1f} GFLOP/s; {software}.",
+        f"rounds of {args.steps} steps; {machine.flops / 1e9:.1f} GFLOP of matrix products per step of `none`; "
+        f"GEMM peak {machine.gemm_peak / 1e9:.1f} GFLOP/s; {software}.",
         "",
         "| system | samples/s | share of GEMM peak | forward + backward + optimiser | outside |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, found in blocks.items():
         seconds = float(np.median([block.seconds for block in found]))
-        row = [name, f"{stage.batch_size / seconds:.2f}", f"{flops / seconds / peak:.1%}"]
+        row = [name, f"{stage.batch_size / seconds:.2f}", f"{machine.flops / seconds / machine.gemm_peak:.1%}"]
         if name in WEIGHTS:
             inside = [float(np.median([block.parts[part] for block in found])) for part in PARTS]
             outside = float(np.median([1 - sum(block.parts.values()) for block in found]))

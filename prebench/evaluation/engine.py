@@ -25,7 +25,7 @@ from prebench.evaluation.prompts import Encoded, Images, PromptBuilder, context_
 from prebench.evaluation.reading import Job, Window, read_windows
 from prebench.evaluation.threads import Work, num_workers, side_by_side
 from prebench.model.folders import load_model, read_config
-from prebench.runtime import choose_device, choose_dtype, derive_seed, keep_freed_memory, loading, prepare_cpu
+from prebench.runtime import choose_device, choose_dtype, derive_seed, loading, prepare_cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,6 @@ class Engine:
             ModelError: the folder holds no supported model.
         """
         prepare_cpu()
-        keep_freed_memory()
         self.device = choose_device(device)
         with loading():
             self.model, self.processor = load_supported(model_dir, self.device, choose_dtype(dtype, self.device))
