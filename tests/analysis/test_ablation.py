@@ -106,6 +106,7 @@ def test_few_seeds_give_no_claim(tmp_path: Path, seeds: int) -> None:
     assert set(printed["Verdict"]) == {"no claim: n too small"}
 
 
+@pytest.mark.slow
 def test_the_report_and_the_figures_show_them_with_n(tmp_path: Path) -> None:
     study = load_study(make_grid(tmp_path, 3))
     write_tables(study)

@@ -90,6 +90,7 @@ def test_a_probe_with_other_settings_is_left_out(make_study: StudyMaker) -> None
     assert set(mine["step"]) == {20, 40}
 
 
+@pytest.mark.slow
 def test_tables_figures_and_page_have_it_only_where_there_are_snapshots(make_study: StudyMaker) -> None:
     folder = make_study()
     names = {path.name for path in (*write_tables(load_study(folder)), *write_figures(load_study(folder)))}

@@ -16,7 +16,7 @@ from prebench.cli import main
 from .conftest import sample, study_maker, write_curve, write_snapshots, write_task
 from .test_ablation import make_grid
 
-pytestmark = pytest.mark.latex
+pytestmark = [pytest.mark.latex, pytest.mark.slow]
 
 INSTALL = "apt-get install --no-install-recommends texlive-latex-base texlive-latex-recommended"
 LABELS = {

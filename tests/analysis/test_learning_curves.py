@@ -96,6 +96,7 @@ def test_the_plateau_is_the_change_over_the_last_quarter(study: Path) -> None:
     assert learning_curves.plateau(short, "pre") is None
 
 
+@pytest.mark.slow
 def test_tables_and_figures_appear_with_the_curves_alone(study: Path) -> None:
     tables, figures = write_tables(load_study(study)), write_figures(load_study(study))
     assert [path.name for path in figures] == [

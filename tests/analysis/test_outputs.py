@@ -251,6 +251,7 @@ def test_correlation_counts_trained_models(make_study: StudyMaker) -> None:
     assert row["without_low"] <= row["r"] <= row["without_high"]
 
 
+@pytest.mark.slow
 def test_repetition_gives_equal_bytes(make_study: StudyMaker) -> None:
     folder = make_study()
     for run in (folder / "runs").iterdir():

@@ -25,6 +25,7 @@ def test_validation_changes_nothing(run_training):
     assert points == [("align", 1), ("instruct", 1), ("instruct", 3)]
 
 
+@pytest.mark.slow
 def test_accuracy_is_what_greedy_decoding_answers(run_training, inputs):
     # Hundreds of steps on few words: some answers are right, some are not.
     model, _ = run_training(None, instruct={"steps": 40, "batch_size": 8, "learning_rate": 5e-3})
