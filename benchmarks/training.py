@@ -11,9 +11,9 @@ systems run in one process, which it sets up as it sets up every process that co
 which they find as Python starts it.
 
 `none` has no regularizer, `baseline` fits the predictor to detached states (weight 0), `pre` is weight 0.5. The
-trainers train without PRe, as `none` does, on the same examples in every step: Trainer and SFTTrainer in micro-batches
-as they were drawn, which is how they deal them out themselves, `Trainer-sorted` in those that prebench's core makes (a
-step's examples sorted by length). What a checkpoint costs is measured apart: `pre` that writes one per step.
+trainers train without PRe, as `none` does, on the same micro-batches, which they pad; `Trainer-sorted` sorts the
+examples of a step by length before it shares them out, so that little is padded. What a checkpoint costs is measured
+apart: `pre` that writes one per step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -49,7 +49,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from trl import SFTConfig, SFTTrainer
 
 from prebench.config import load_preset
-from prebench.data.collator import Batch
+from prebench.data.collator import Batch, Collator
 from prebench.data.examples import TrainingData
 from prebench.data.order import data_order
 from prebench.model.builder import build_model, build_processor, build_tokenizer
@@ -63,6 +63,7 @@ from prebench.train.features import cached_features
 from prebench.train.log import RunLog
 from prebench.train.loop import build_accelerator, build_regularizer, train
 from prebench.train.objective import Objective
+from prebench.train.packing import packed_attention
 
 WEIGHTS = {"none": None, "baseline": 0.0, "pre": 0.5}
 TRAINERS = ("Trainer", "SFTTrainer", "Trainer-sorted")
@@ -260,7 +261,7 @@ def _trainer_block(name: str, setting: Setting) -> Block:
     tower = model.model.vision_tower
     if setting.inputs.features is not None:
         model.model.vision_tower = CachedTower()
-    micro_batches = _micro_batches(setting, by_length=name == "Trainer-sorted")
+    micro_batches = SortedMicroBatches(setting) if name == "Trainer-sorted" else _micro_batches(setting)
     options: dict[str, Any] = {
         "model": model,
         "train_dataset": Dataset.from_dict({"number": range(len(micro_batches))}),
@@ -296,9 +297,32 @@ def _trainer_block(name: str, setting: Setting) -> Block:
     return clock.block(stage.steps)
 
 
-def _micro_batches(setting: Setting, by_length: bool = True) -> MicroBatches:
+class SortedMicroBatches(Sequence[Batch]):
+    """The examples of each step as they are drawn, sorted by length before they are shared out."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._order = data_order(setting.inputs.data, setting.stage, "instruct", 0)
+        self._collate = Collator(setting.inputs.processor, setting.inputs.data, setting.inputs.features)
+        self._stage = setting.stage
+
+    def __len__(self) -> int:
+        return self._stage.steps * self._stage.gradient_accumulation_steps
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a micro-batch; those of a step are asked for one after the other."""
+        stage = self._stage
+        step, part = divmod(index, stage.gradient_accumulation_steps)
+        if part == 0:
+            positions = range(step * stage.batch_size, (step + 1) * stage.batch_size)
+            encoded = (self._collate.encode(self._order[position]) for position in positions)
+            self._encoded = sorted(encoded, key=lambda one: len(one.input_ids))
+        size = stage.batch_size // stage.gradient_accumulation_steps
+        return self._collate(self._encoded[part * size : (part + 1) * size])
+
+
+def _micro_batches(setting: Setting) -> MicroBatches:
     order = data_order(setting.inputs.data, setting.stage, "instruct", 0)
-    return MicroBatches(order, setting.inputs, build_accelerator(setting.recipe), by_length)
+    return MicroBatches(order, setting.inputs, build_accelerator(setting.recipe))
 
 
 def _as_inputs(batch: Batch) -> dict[str, Any]:
@@ -329,7 +353,7 @@ def _gemm_peak(size: int = 1024, seconds: float = 2.0) -> float:
 def _flops_per_step(setting: Setting) -> float:
     """Return the FLOPs of matrix products in a step of `none`, forward and backward, as torch counts them."""
     micro_batches, objective = _micro_batches(setting), Objective(setting.model, None).train()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, packed_attention(setting.model):
         for index in range(setting.stage.gradient_accumulation_steps):
             batch = micro_batches[index]
             objective(batch).total(batch.num_targets, 1, 0.0).backward()

@@ -33,7 +33,7 @@ class MicroBatch:
 
     examples: int
     tokens: float
-    """T, visual tokens and padding included."""
+    """T, of an example, visual tokens included."""
     pictures: float
     """P, of all examples together."""
     targets: float
@@ -223,7 +223,8 @@ def decoder_layer_bytes(setup: Setup, micro: MicroBatch) -> float:
 
     Both norms: the residual stream (float32), a scale per token and, where their weights learn, the normed tokens.
     Attention: queries, keys and values of their own heads, output, log-sum-exp. MLP: gate, its activation and the up
-    projection. Where the matrices learn, also their inputs: autocast casts one anew for every matrix.
+    projection. Where the matrices learn, also their inputs (autocast casts one anew for every matrix; the attention's
+    outputs of all sequences are copied into one row).
     """
     lm, w = setup.model.language_model, setup.width
     size, inner = lm.hidden_size, lm.intermediate_size
@@ -231,7 +232,7 @@ def decoder_layer_bytes(setup: Setup, micro: MicroBatch) -> float:
         2 * (FLOAT * size + FLOAT) + 2 * w * (size + _key_width(lm)) + FLOAT * lm.num_attention_heads + 3 * w * inner
     )
     if setup.language_learns:
-        inputs = 5 if setup.half else 2
+        inputs = 6 if setup.half else 3
         per_token += 2 * FLOAT * size + inputs * w * size + w * inner
     return micro.examples * micro.tokens * per_token
 

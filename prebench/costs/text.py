@@ -164,8 +164,8 @@ def _assumptions(plan: Plan) -> list[str]:
     if plan.machine.sharding == "fsdp":
         found.append("fsdp: activations as under ddp, an upper bound (its residual stream is bfloat16)")
     found += [
-        "GB are 10^9 bytes; memory is that of a micro-batch of the longest examples, each with a picture, padded",
-        "not counted: CUDA's context, memory in pieces, padding, element-wise work, communication, evaluation, probes",
+        "GB are 10^9 bytes; memory is that of a micro-batch of the longest examples, each with a picture",
+        "not counted: CUDA's context, memory in pieces, element-wise work, communication, evaluation, probes",
     ]
     return found
 

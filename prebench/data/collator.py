@@ -33,7 +33,7 @@ class Batch:
     input_ids: Tensor
     """[B, T]"""
     attention_mask: Tensor
-    """[B, T]"""
+    """[B, T]; 0 where a sequence is padded, on the right."""
     labels: Tensor
     """[B, T]; IGNORE_INDEX where nothing is to be predicted."""
     image_ids: tuple[str, ...]
@@ -145,21 +145,32 @@ def pad(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> 
     return input_ids, attention_mask, labels
 
 
-def target_logits(lm_head: Any, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def target_logits(lm_head: Any, hidden: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Apply the LM head where something is to be predicted only; the rest of the logits would be thrown away.
 
+    Args:
+        lm_head: from hidden states to logits.
+        hidden: last hidden states, [..., D].
+        next_ids: the token to be predicted behind each position, [...]; IGNORE_INDEX where none is.
+
     Returns:
-        logits [n, V], their targets [n], and where they stand, [B, T - 1] bool.
+        logits [n, V], their targets [n], and where they stand, [...] bool.
     """
-    targets = labels_BT[:, 1:]
-    is_target = targets != IGNORE_INDEX
-    return lm_head(hidden_BTD[:, :-1][is_target]), targets[is_target], is_target
+    is_target = next_ids != IGNORE_INDEX
+    return lm_head(hidden[is_target]), next_ids[is_target], is_target
 
 
-def answered_right(logits: Tensor, targets: Tensor, is_target: Tensor) -> Tensor:
-    """Return per sequence whether every target token is the most probable one, [B] bool; arguments: `target_logits`."""
-    wrong = torch.zeros(len(is_target), device=logits.device)
-    wrong.index_add_(0, is_target.nonzero()[:, 0], (logits.argmax(-1) != targets).float())
+def answered_right(logits: Tensor, targets: Tensor, sequence_of_target: Tensor, num_sequences: int) -> Tensor:
+    """Return per sequence whether every target token is the most probable one, [B] bool.
+
+    Args:
+        logits: [n, V].
+        targets: [n].
+        sequence_of_target: [n], 0..B-1.
+        num_sequences: B.
+    """
+    wrong = torch.zeros(num_sequences, device=logits.device)
+    wrong.index_add_(0, sequence_of_target, (logits.argmax(-1) != targets).float())
     return wrong == 0
 
 
@@ -185,11 +196,6 @@ class ExampleOrder:
             return caption
         image_ids = self.data.image_ids
         return self.data.conversation(image_ids[self._draw(position, len(image_ids))], rng)
-
-    def batch(self, step: int) -> list[Example]:
-        """Return the examples of an optimiser step."""
-        first = step * self.stage.batch_size
-        return [self[position] for position in range(first, first + self.stage.batch_size)]
 
     def _draw(self, position: int, size: int) -> int:
         epoch, offset = divmod(position, size)

@@ -55,11 +55,6 @@ class ConversationOrder:
         example: Example = self._examples[self.index(position)]
         return example
 
-    def batch(self, step: int) -> list[Example]:
-        """Return the examples of an optimiser step."""
-        first = step * self.stage.batch_size
-        return [self[position] for position in range(first, first + self.stage.batch_size)]
-
     def index(self, position: int) -> int:
         """Return which of the stage's examples stands at a position."""
         size = len(self._examples)

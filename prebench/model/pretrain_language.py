@@ -158,7 +158,7 @@ def _targets(
     """Return `target_logits` of the examples."""
     input_ids, attention_mask, labels = _encode(processor, examples)
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    return target_logits(model.lm_head, hidden, labels)
+    return target_logits(model.lm_head, hidden[:, :-1], labels[:, 1:])
 
 
 def _loss(model: LlamaForCausalLM, processor: Any, examples: list[list[dict[str, Any]]]) -> Tensor:
@@ -177,5 +177,7 @@ def accuracies(model: LlamaForCausalLM, processor: Any, seed: int) -> dict[str, 
             for question in ask(scene, np.random.default_rng([seed, index]), 1, (name,)):
                 turn = (question.text + question.suffix, question.answer)
                 examples.append(text_conversation(scene_text(scene), [turn]))
-        found[name] = answered_right(*_targets(model, processor, examples)).float().mean().item()
+        logits, targets, is_target = _targets(model, processor, examples)
+        right = answered_right(logits, targets, is_target.nonzero()[:, 0], len(examples))
+        found[name] = right.float().mean().item()
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from prebench.data.collator import Batch, Collator, Encoded, ExampleOrder
+from prebench.data.collator import Batch, Collator, ExampleOrder
 from prebench.data.conversations import ConversationData
 from prebench.data.examples import TrainingData
 from prebench.data.order import ConversationOrder
@@ -34,16 +34,11 @@ class TrainingInputs:
 class MicroBatches(Dataset[Batch]):
     """The micro-batches of one process, in order: item k is accumulation part k % A of optimiser step k // A.
 
-    The examples of a step are sorted by length before they are shared out, so that little is padded; `by_length` false
-    leaves them as they were drawn. Over a whole step both are the same examples.
+    The examples of a step are shared out as they were drawn, not by length: no padding is computed (`packing`).
     """
 
     def __init__(
-        self,
-        order: ExampleOrder | ConversationOrder,
-        inputs: TrainingInputs,
-        accelerator: Accelerator,
-        by_length: bool = True,
+        self, order: ExampleOrder | ConversationOrder, inputs: TrainingInputs, accelerator: Accelerator
     ) -> None:
         self.order = order
         self.inputs = inputs
@@ -57,24 +52,15 @@ class MicroBatches(Dataset[Batch]):
         self._rank = accelerator.process_index
         self._processes = accelerator.num_processes
         self._collate = Collator(inputs.processor, inputs.data, inputs.features)
-        self._by_length = by_length
-        self._step = -1
-        self._encoded: list[Encoded] = []
 
     def __len__(self) -> int:
         return self.order.stage.steps * self.order.stage.gradient_accumulation_steps
 
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self.order.stage.gradient_accumulation_steps)
-        if step != self._step:
-            self._step, self._encoded = step, self._encode(step)
-        first = (part * self._processes + self._rank) * self._size
-        return self._collate(self._encoded[first : first + self._size])
-
-    def _encode(self, step: int) -> list[Encoded]:
-        """Return a step's examples in the order in which they are shared out."""
-        encoded = [self._collate.encode(example) for example in self.order.batch(step)]
-        return sorted(encoded, key=lambda item: len(item.input_ids)) if self._by_length else encoded
+        first = step * self.order.stage.batch_size + (part * self._processes + self._rank) * self._size
+        examples = (self.order[position] for position in range(first, first + self._size))
+        return self._collate([self._collate.encode(example) for example in examples])
 
 
 def optimiser_steps(

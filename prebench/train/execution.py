@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from prebench.model.visual_states import language_model
 from prebench.schema import TrainConfig
+from prebench.train.packing import packed_attention
 
 
 @contextmanager
@@ -31,7 +32,8 @@ def execution(model: LlavaForConditionalGeneration, config: TrainConfig) -> Iter
     for layer in layers:
         layer.forward = torch.compile(layer.forward)
     try:
-        yield
+        with packed_attention(model):
+            yield
     finally:
         for layer in layers:
             del layer.forward

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from prebench.data.collator import Batch, target_logits
-from prebench.model.builder import encode_images, encoded_images, vision_features
+from prebench.model.builder import encode_images, vision_features
 from prebench.model.visual_states import VisualStates, capture, language_model
+from prebench.train.packing import last_states, pack
 from prebench.train.regularizers.base import Regularizer
 
 
@@ -61,23 +62,19 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> LossTerms:
         """Run the decoder once and return the loss sums of a micro-batch.
 
-        The LM head is applied to positions that have a target only; the rest of the logits would be thrown away.
-        Padding stands on the right, where no token of a causal decoder sees it. Without a mask, attention takes the
-        kernel that leaves out the future in place of computing and then hiding it.
+        The decoder computes no padding, and the LM head is applied to positions that have a target only: the rest of
+        the logits would be thrown away.
         """
-        inner = self.model.model
         features = batch.vision_features
         if features is None:
             features = self._encode(batch.pixel_values)
-        projected = inner.multi_modal_projector(features)
+        projected = self.model.model.multi_modal_projector(features)
         layers = {0, *(self.regularizer.layers if self.regularizer is not None else ())}
-        with capture(self.model, batch.input_ids, layers) as states:
-            outputs = inner(
-                input_ids=batch.input_ids,
-                mm_encoder_outputs=encoded_images(projected),
-                use_cache=False,
-            )
-        lm_sum = self._lm_sum(outputs.last_hidden_state, batch.labels)
+        packed = pack(batch.input_ids, batch.attention_mask, batch.labels)
+        with capture(self.model, packed.input_ids, layers) as states:
+            hidden_ND = last_states(self.model, packed, projected)
+        logits, targets, _ = target_logits(self.model.lm_head, hidden_ND, packed.next_ids)
+        lm_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
         if not len(projected):
             # Without pictures the projector had no part in the loss; every parameter needs a gradient, if of zeros.
             lm_sum = lm_sum + projected.sum()
@@ -91,10 +88,6 @@ class Objective(nn.Module):
             # No tower takes a batch of nothing. Of a black picture nothing is kept, but weights that learn have a part.
             return encode(self.model, pixel_values.new_zeros((1, *pixel_values.shape[1:])))[:0]
         return encode(self.model, pixel_values)
-
-    def _lm_sum(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        logits, targets, _ = target_logits(self.model.lm_head, hidden_BTD, labels_BT)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _pre_sum(self, states: VisualStates, features: Tensor, image_ids: Sequence[str]) -> Tensor | None:
         if self.regularizer is None:

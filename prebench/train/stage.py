@@ -93,9 +93,8 @@ class Stage:
         self._schedule = get_cosine_schedule_with_warmup(
             self._optimizers["model"], self.config.warmup_steps, self.config.steps
         )
-        by_length = regularizer is None or not regularizer.random_neighbours
         order = data_order(inputs.data, self.config, name, shared.seed)
-        self._micro_batches = MicroBatches(order, inputs, shared.accelerator, by_length)
+        self._micro_batches = MicroBatches(order, inputs, shared.accelerator)
         self._wrapped = self._wrap(objective)
         self._wrapped.train()
         self._begin(inputs)

@@ -17,8 +17,9 @@ from transformers import LlavaForConditionalGeneration
 
 from prebench.data.collator import answered_right, encode_example, pad, target_logits
 from prebench.data.examples import ValidationQuestion, conversation
-from prebench.model.builder import encoded_images, vision_features
+from prebench.model.builder import vision_features
 from prebench.train.features import FeatureCache
+from prebench.train.packing import last_states, pack, packed_attention
 
 BATCH_SIZE = 128
 
@@ -54,11 +55,9 @@ class Validation:
         for question in questions:
             messages = conversation([(question.text, question.answer)])
             encoded.append(encode_example(processor, messages, num_tokens))
-        # Neighbours of equal length: little padding.
-        order = sorted(range(len(questions)), key=lambda i: len(encoded[i][0]))
-        self._questions = [questions[i] for i in order]
-        self._encoded = [encoded[i] for i in order]
-        self._rows = [images.index(q.image_id) for q in self._questions]
+        self._questions = questions
+        self._encoded = encoded
+        self._rows = [images.index(q.image_id) for q in questions]
         self._pad_token_id = processor.tokenizer.pad_token_id
 
     @torch.no_grad()
@@ -88,14 +87,10 @@ class Validation:
         self, model: LlavaForConditionalGeneration, part: slice, features: Tensor
     ) -> tuple[Tensor, list[bool], int]:
         device = features.device
-        input_ids, attention_mask, labels = (t.to(device) for t in pad(self._encoded[part], self._pad_token_id))
-        projected = model.model.multi_modal_projector(features)
-        hidden = model.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            mm_encoder_outputs=encoded_images(projected),
-            use_cache=False,
-        ).last_hidden_state
-        logits, targets, is_target = target_logits(model.lm_head, hidden, labels)
+        packed = pack(*(t.to(device) for t in pad(self._encoded[part], self._pad_token_id)))
+        with packed_attention(model):
+            hidden = last_states(model, packed, model.model.multi_modal_projector(features))
+        logits, targets, is_target = target_logits(model.lm_head, hidden, packed.next_ids)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum").double().cpu()
-        return loss, answered_right(logits, targets, is_target).tolist(), len(targets)
+        right = answered_right(logits, targets, packed.sequence_of_token[is_target], len(packed.lengths))
+        return loss, right.tolist(), len(targets)

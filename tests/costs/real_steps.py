@@ -18,6 +18,7 @@ from prebench.model.freezing import freeze_for_stage
 from prebench.schema import ModelConfig, RegularizerConfig
 from prebench.train.loop import build_regularizer
 from prebench.train.objective import Objective
+from prebench.train.packing import packed_attention
 
 ROWS, EXAMPLES, TEXT, TARGETS = 500, 3, 20, 7
 PUBLISHED = {
@@ -57,17 +58,15 @@ def objective(config: ModelConfig, trainable: tuple[str, ...], block: Regularize
 
 
 def batch(config: ModelConfig) -> Batch:
-    """Return EXAMPLES pictures with TEXT tokens each, the last TARGETS of them learnt; one sequence is padded."""
+    """Return EXAMPLES pictures with TEXT tokens each, TARGETS of them learnt."""
     visual = config.vision_tower.num_tokens
     ids = torch.arange(EXAMPLES * (visual + TEXT)).reshape(EXAMPLES, -1) % (ROWS - 2)
     ids[:, 1 : 1 + visual] = ROWS - 1
-    mask = torch.ones_like(ids)
-    mask[0, -1] = 0
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -TARGETS - 1 : -1] = ids[:, -TARGETS - 1 : -1]
     side = config.vision_tower.image_size
     pixels = torch.randn(EXAMPLES, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return Batch(ids, mask, labels, tuple(map(str, range(EXAMPLES))), pixels)
+    return Batch(ids, torch.ones_like(ids), labels, tuple(map(str, range(EXAMPLES))), pixels)
 
 
 def setup(
@@ -106,6 +105,7 @@ def kept_bytes(found: Objective, given: Batch, half: bool) -> int:
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+        packed_attention(found.model),
     ):
         terms = found(given)
         loss = terms.total(given.num_targets, EXAMPLES, 0.5)

@@ -23,6 +23,7 @@ from prebench.costs.stages import Machine, memory, stage_counts, vocabulary
 from prebench.model.builder import build_model, model_processor
 from prebench.model.freezing import freeze_for_stage
 from prebench.train.loop import build_regularizer
+from prebench.train.packing import packed_attention
 from tests.costs import real_steps
 from tests.costs.real_steps import ALIGN, EXAMPLES, INSTRUCT, TUNED
 from tests.model.published_parts import tiny_preset
@@ -89,7 +90,7 @@ def _compare_operations(pair: str, trainable: tuple[str, ...], checkpointing: bo
     described, micro = real_steps.setup(config, trainable, block(variant), checkpointing, False)
     work = formulas.operations(described, micro)
     # The counter knows the products inside attention in this kernel alone.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), packed_attention(model.model):
         terms = model(given)
         forward = counter.get_total_flops()
         terms.total(given.num_targets, EXAMPLES, 0.5).backward()
@@ -149,7 +150,7 @@ def _steps(config: Any, trainable: Any, checkpointing: bool, half: bool, accumul
     for parameter in model.parameters():
         live.add(parameter)
     seen = {"weights": live.now}
-    with live:
+    with live, packed_attention(model.model):
         for _ in range(2):
             terms: list[Any] = []
             live.peak = live.now

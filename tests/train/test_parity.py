@@ -14,6 +14,7 @@ from prebench.schema import NormPenaltyConfig, PredictiveConfig, StageConfig, St
 from prebench.train.batches import MicroBatches
 from prebench.train.loop import build_accelerator, build_regularizer
 from prebench.train.objective import Objective
+from prebench.train.packing import packed_attention
 from tests.conftest import TINY
 from tests.train.conftest import RECIPE
 
@@ -100,7 +101,7 @@ def test_accumulation_does_not_change_the_loss(run_training, batch_size, accumul
 
 
 def test_loss_and_gradients_are_those_of_transformers_with_its_mask(inputs):
-    """No mask is given to the decoder (Objective.forward): padding must be seen by nothing all the same."""
+    """The decoder gets packed sequences and no mask: none must see another one, and nothing be lost with padding."""
     model = build_model(TINY, inputs.processor.tokenizer, 0)
     order = ExampleOrder(inputs.data, StageConfig.model_validate(RECIPE["instruct"]), "instruct", 0)
     batch = MicroBatches(order, inputs, build_accelerator(TrainConfig.model_validate(RECIPE)))[0]
@@ -109,7 +110,8 @@ def test_loss_and_gradients_are_those_of_transformers_with_its_mask(inputs):
     for ours in (True, False):
         model.zero_grad()
         if ours:
-            loss = Objective(model, None)(batch).total(batch.num_targets, 1, 0.0)
+            with packed_attention(model):
+                loss = Objective(model, None)(batch).total(batch.num_targets, 1, 0.0)
         else:
             texts = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
             loss = model(**texts, pixel_values=batch.pixel_values).loss

@@ -76,11 +76,6 @@ class Regularizer(nn.Module):
             "derive from prebench.schema.LearnedRegularizerConfig"
         )
 
-    @property
-    def random_neighbours(self) -> bool:
-        """Tell whether the images of a micro-batch must stand side by side at random, not by length."""
-        return False
-
     def begin_stage(self, model: LlavaForConditionalGeneration) -> None:
         """Be told that a training stage starts with this model, already on its device; most types need nothing."""
 

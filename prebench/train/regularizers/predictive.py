@@ -54,11 +54,6 @@ class PredictiveRegularizer(Regularizer):
         self._stage_start: FrozenProjector | None = None
         self._external = external
 
-    @property
-    def random_neighbours(self) -> bool:
-        """Tell whether the anchor is another image's: a neighbour of like length would share its number of objects."""
-        return self.config.anchor == "shuffled" and self.config.weight > 0
-
     def begin_stage(self, model: LlavaForConditionalGeneration) -> None:
         """Take the copy of the projector that the anchor "frozen_copy" reads in this stage."""
         if self.config.anchor == "frozen_copy":
