@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                              the embedded model
     python benchmarks/training.py --architecture smollm2       random weights of SmolLM2-135M's architecture
+    python benchmarks/training.py --device cuda --dtype bfloat16    either on a GPU
 
 The same model object, examples, collation, batch, accumulation, optimizer settings, dtype and threads for all,
 and cached features of the vision tower for all (`--input features`) or for none (`--input pixels`). Every round trains
@@ -54,7 +55,7 @@ from prebench.data.examples import TrainingData
 from prebench.data.order import data_order
 from prebench.model.builder import build_model, build_processor, build_tokenizer
 from prebench.model.freezing import freeze_for_stage
-from prebench.runtime import hardware, prepare_cpu, versions
+from prebench.runtime import choose_dtype, hardware, prepare_cpu, versions
 from prebench.schema import DataConfig, PredictiveConfig, StageConfig, TrainConfig
 from prebench.store import write_text
 from prebench.train.batches import MicroBatches, TrainingInputs
@@ -69,7 +70,14 @@ WEIGHTS = {"none": None, "baseline": 0.0, "pre": 0.5}
 TRAINERS = ("Trainer", "SFTTrainer", "Trainer-sorted")
 STEPS_BETWEEN = TrainConfig.model_fields["checkpoint_every"].default
 """Steps between two checkpoints."""
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def _wall_on_cuda() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time, "cuda": _wall_on_cuda}
 
 
 @dataclass
@@ -148,7 +156,9 @@ class Machine:
 
 
 def _machine() -> Machine:
-    return Machine(torch.get_num_threads(), _gemm_peak(), _flops_per_step(_setting), _setting.stage)
+    recipe = _setting.recipe
+    peak = _gemm_peak(recipe.device, choose_dtype(recipe.dtype, torch.device(recipe.device)))
+    return Machine(torch.get_num_threads(), peak, _flops_per_step(_setting), _setting.stage)
 
 
 def _arguments() -> argparse.Namespace:
@@ -161,11 +171,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, help="default: the preset's 2; smollm2: 1")
     parser.add_argument("--systems", nargs="+", choices=[*WEIGHTS, *TRAINERS], default=[*WEIGHTS, *TRAINERS])
     parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: time on processors, which a loaded machine disturbs less"
+        "--clock",
+        choices=CLOCKS,
+        help="default wall; cpu: time on processors, which a loaded machine disturbs less; "
+        "cuda (the default there): wall time that waits for the GPU at every reading",
     )
     parser.add_argument("--output", type=Path, help="file for the table, besides stdout")
     args = parser.parse_args()
+    args.clock = args.clock or ("cuda" if args.device == "cuda" else "wall")
     if args.steps is None:
         args.steps = 4 if args.architecture else 30
     if args.steps < 2:
@@ -207,8 +223,8 @@ def _build_setting(
             "align": stage.model_dump() | {"steps": 0},
             "instruct": stage.model_dump(),
             "log_every": args.steps,  # the first step and the last
-            "device": "cpu",
-            "dtype": "float32",
+            "device": args.device,
+            "dtype": args.dtype,
         }
     )
     freeze_for_stage(model, stage.trainable)
@@ -279,8 +295,8 @@ def _trainer_block(name: str, setting: Setting) -> Block:
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": False,
         "remove_unused_columns": False,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": setting.recipe.device == "cpu",
+        "bf16": setting.recipe.dtype == "bfloat16",
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -339,14 +355,15 @@ class _StepEnds(TrainerCallback):
         self._clock.step_ended()
 
 
-def _gemm_peak(size: int = 1024, seconds: float = 2.0) -> float:
-    """Return the machine's FLOP/s in float32 products of square matrices: the best of many."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+def _gemm_peak(device: str, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """Return the machine's FLOP/s in products of square matrices: the best of many."""
+    size, now = (8192, CLOCKS["cuda"]) if device == "cuda" else (1024, CLOCKS["wall"])
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), now() + seconds
+    while now() < end:
+        start = now()
         a @ b
-        best = min(best, time.perf_counter() - start)
+        best = min(best, now() - start)
     return 2 * size**3 / best
 
 
@@ -371,13 +388,17 @@ def _ratio(above: list[Block], below: list[Block]) -> str:
     return f"{np.exp(mean):.3f} [{np.exp(mean - half):.3f}, {np.exp(mean + half):.3f}]"
 
 
+def _processor(device: str, threads: int) -> str:
+    return hardware()["gpu"] if device == "cuda" else f"cpu ({threads} threads of {hardware()['machine']})"
+
+
 def _report(args: argparse.Namespace, machine: Machine, blocks: dict[str, list[Block]]) -> str:
     stage, used = machine.stage, versions()
     software = ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers") if name in used)
     lines = [
         f"## {args.architecture or 'embedded'}, {args.input}",
         "",
-        f"float32 on cpu ({machine.threads} threads of {hardware().get('machine', 'this machine')}); "
+        f"{args.dtype} on {_processor(args.device, machine.threads)}; "
         f"{stage.batch_size} examples per step in {stage.gradient_accumulation_steps} micro-batches; {args.rounds} "
         f"rounds of {args.steps} steps; {machine.flops / 1e9:.1f} GFLOP of matrix products per step of `none`; "
         f"GEMM peak {machine.gemm_peak / 1e9:.1f} GFLOP/s; {software}.",

@@ -64,6 +64,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's first product; else torch warns
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else torch writes NaN into every new tensor before a kernel fills it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

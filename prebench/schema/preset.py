@@ -163,6 +163,10 @@ class TrainConfig(StrictModel):
     torch_compile: bool = Field(False, exclude_if=lambda value: value is False)
     """Compile the decoder layers (torch.compile): faster steps on a GPU after minutes of compiling; sums may round
     differently."""
+    deterministic: bool = Field(True, exclude_if=lambda value: value is True)
+    """Compute with kernels alone whose sums repeat, so that a resumed run ends with the same bytes on a GPU, too; an
+    operation that has none is an error. False: they are not asked of a GPU's attention, nor of a regularizer's own
+    operations."""
     checkpoint_every: int = Field(500, ge=0)
     """Optimiser steps between two checkpoints, over both stages; 0: none but the one that SIGTERM asks for. Decides no
     weight."""

@@ -1,4 +1,4 @@
-"""How a model is computed, not what: activation checkpointing and compilation, switched on for a training."""
+"""How a model is computed, not what: kernels that repeat, activation checkpointing and compilation, for a training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from prebench.errors import TrainingError
 from prebench.model.visual_states import language_model
 from prebench.schema import TrainConfig
 from prebench.train.packing import packed_attention
@@ -24,8 +25,13 @@ def execution(model: LlavaForConditionalGeneration, config: TrainConfig) -> Iter
     Args:
         model: unwrapped.
         config: the recipe.
+
+    Raises:
+        TrainingError: an operation inside the block has no kernel whose sums repeat, and the recipe asks for such.
     """
     layers: Any = language_model(model).layers if config.torch_compile else []
+    # Where torch only warns, it takes attention's backward pass on a GPU as one whose sums do not repeat.
+    torch.use_deterministic_algorithms(True, warn_only=not config.deterministic)
     if config.gradient_checkpointing:
         # The re-entrant kind loses the gradient of tensors that a hook has taken out of a layer.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -34,7 +40,15 @@ def execution(model: LlavaForConditionalGeneration, config: TrainConfig) -> Iter
     try:
         with packed_attention(model):
             yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise TrainingError(
+            f"{str(error).split(',')[0]}, so that a resumed run could end in other digits; --set "
+            "train.deterministic=false lets it pass"
+        ) from error
     finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
         for layer in layers:
             del layer.forward
         if config.gradient_checkpointing:

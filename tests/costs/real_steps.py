@@ -46,27 +46,35 @@ def small(pair: str) -> ModelConfig:
     )
 
 
-def objective(config: ModelConfig, trainable: tuple[str, ...], block: RegularizerConfig | None) -> Objective:
+def objective(
+    config: ModelConfig,
+    trainable: tuple[str, ...],
+    block: RegularizerConfig | None,
+    rows: int = ROWS,
+    device: str = "cpu",
+) -> Objective:
     """Return model and regularizer with random weights, frozen as in a stage."""
     torch.manual_seed(0)
-    model = shape_model(config, ROWS, "cpu")
+    model = shape_model(config, rows, device)
     freeze_for_stage(model, trainable)
     regularizer = build_regularizer(block, model, 0)
     if regularizer is not None:
         regularizer.begin_stage(model)
-    return Objective(model, regularizer).train()
+    return Objective(model, regularizer).train().to(device)
 
 
-def batch(config: ModelConfig) -> Batch:
-    """Return EXAMPLES pictures with TEXT tokens each, TARGETS of them learnt."""
+def batch(
+    config: ModelConfig, rows: int = ROWS, examples: int = EXAMPLES, text: int = TEXT, targets: int = TARGETS
+) -> Batch:
+    """Return pictures with `text` tokens each, `targets` of them learnt."""
     visual = config.vision_tower.num_tokens
-    ids = torch.arange(EXAMPLES * (visual + TEXT)).reshape(EXAMPLES, -1) % (ROWS - 2)
-    ids[:, 1 : 1 + visual] = ROWS - 1
+    ids = torch.arange(examples * (visual + text)).reshape(examples, -1) % (rows - 2)
+    ids[:, 1 : 1 + visual] = rows - 1
     labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[:, -TARGETS - 1 : -1] = ids[:, -TARGETS - 1 : -1]
+    labels[:, -targets - 1 : -1] = ids[:, -targets - 1 : -1]
     side = config.vision_tower.image_size
-    pixels = torch.randn(EXAMPLES, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return Batch(ids, torch.ones_like(ids), labels, tuple(map(str, range(EXAMPLES))), pixels)
+    pixels = torch.randn(examples, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return Batch(ids, torch.ones_like(ids), labels, tuple(map(str, range(examples))), pixels)
 
 
 def setup(

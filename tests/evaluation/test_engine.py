@@ -49,7 +49,7 @@ def _plain_ids(engine: Engine, request: GenerationRequest, **settings) -> list[i
     text = engine.processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=True)
     inputs = engine.processor(text=text, images=images or None, return_tensors="pt")
     settings = settings or {"do_sample": False}
-    output = engine.model.generate(**inputs, **settings, max_new_tokens=request.max_new_tokens)
+    output = engine.model.generate(**inputs.to(engine.model.device), **settings, max_new_tokens=request.max_new_tokens)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -82,6 +82,18 @@ def test_answers_differ_between_documents(expected: dict[int, str]) -> None:
 def test_answers_equal_plain_generate_at_any_batch_size(tiny_export, expected, token_budget: int) -> None:
     engine = Engine(tiny_export, device="cpu", dtype="float32", token_budget=token_budget)
     assert _answers(engine, _requests()) == expected
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_on_a_gpu_equal_plain_generate_there(tiny_export, dtype) -> None:
+    engine = Engine(tiny_export, device="cuda", dtype=dtype)
+    expected = {request.key: _plain(engine, request) for request in _requests()}
+    found = _answers(engine, _requests())
+    if dtype == "float32":
+        assert found == expected
+    else:  # of random weights many logits are nearly equal
+        assert sum(found[key] == answer for key, answer in expected.items()) >= len(expected) // 2
 
 
 def test_order_and_windows_do_not_matter(engine, expected, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 Accelerate chooses FSDP for GPUs alone. The one thing that is pretended here is the kind of the processes; that they use
 gloo and the CPU stays as accelerate found it, and sharding, gathering and clipping are accelerate's and torch's own.
+For cases whose recipe asks for CUDA, nothing is pretended.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ if __name__ == "__main__":
     noted: list[dict[str, Any]] = []
     watch_stages(noted)
     for name, chosen in job.items():
-        pretend_gpus()
+        if chosen["recipe"]["device"] == "cpu":
+            pretend_gpus()
         train_case(chosen, Path(sys.argv[1]).parent / name)
     on_main(lambda: (Path(sys.argv[1]).parent / "seen.json").write_text(json.dumps(noted)))
     PartialState().destroy_process_group()

@@ -10,14 +10,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from prebench.config import diff, load_preset, load_suite, load_variant
+from prebench.errors import TrainingError
 from prebench.schema import PredictiveConfig, StudyConfig, TrainConfig
+from prebench.train import packing
 from prebench.train.execution import execution
+from prebench.train.regularizers.predictive import PredictiveRegularizer
 from tests.train.conftest import RECIPE
 from tests.train.gradients import gradients, objective
 
@@ -67,6 +71,27 @@ def test_activation_checkpointing_keeps_the_gradient(plain):
         assert len(calls) == 2, "activations were kept"
     gradients(term)
     assert len(calls) == 3, "the switch outlives the block"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_in_one_call_keeps_the_gradient(plain, checkpointing, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(packing, "in_one_call", lambda _device: True)
+    assert_equal(switched(gradient_checkpointing=checkpointing), plain)
+
+
+def test_an_operation_whose_sums_do_not_repeat_is_refused_unless_it_is_allowed(run_training, monkeypatch):
+    def forward(_self: Any, states: Any, *_rest: Any) -> torch.Tensor:
+        seen = states.at(0).flatten()[:1]
+        return torch.zeros(1).put_(torch.tensor([0]), seen).sum()
+
+    monkeypatch.setattr(PredictiveRegularizer, "forward", forward)
+    pre = PredictiveConfig(weight=0.5)
+    with pytest.raises(TrainingError, match=r"put_ does not have .*; --set train\.deterministic=false lets it pass"):
+        run_training(pre)
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    _, lines = run_training(pre, deterministic=False)
+    assert len(lines) == RECIPE["align"]["steps"] + RECIPE["instruct"]["steps"]
 
 
 def test_a_run_with_the_switch_has_the_losses_of_one_without(run_training):

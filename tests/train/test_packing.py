@@ -14,6 +14,7 @@ from prebench.costs.stages import shape_model
 from prebench.data.encoding import IGNORE_INDEX
 from prebench.errors import TrainingError
 from prebench.model.visual_states import language_model
+from prebench.train import packing
 from prebench.train.packing import IMPLEMENTATION, last_states, pack, packed_attention
 from tests.costs import real_steps
 from tests.train.gradients import batch, objective
@@ -48,14 +49,15 @@ def test_a_row_holds_the_sequences_one_after_another(lengths):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("ours", [True, False], ids=["packed_attention", "transformers' own"])
-def test_states_and_gradients_are_those_of_each_sequence_alone(pair, ours):
+@pytest.mark.parametrize("attention", ["call per sequence", "one call", "transformers' own"])
+def test_states_and_gradients_are_those_of_each_sequence_alone(pair, attention, monkeypatch):
+    monkeypatch.setattr(packing, "in_one_call", lambda _device: attention == "one call")
     model = _decoder(pair)
     ids, mask, labels = padded([7, 1, 12, 4])
     nothing = torch.zeros((0, 16, 64))
     before = language_model(model).config._attn_implementation
     with packed_attention(model):
-        if not ours:
+        if attention == "transformers' own":
             language_model(model).config._attn_implementation = before
         together = last_states(model, pack(ids, mask, labels), nothing)
         together.square().sum().backward()
@@ -70,8 +72,46 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(pair, ours):
         torch.testing.assert_close(found[name], gradient, atol=1e-3, rtol=1e-3, msg=name)
 
 
-def test_no_matrix_of_all_tokens_is_made():
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_every_token_has_a_place_and_padding_none(lengths):
+    packed = pack(*padded(lengths))
+    token_of_slot, slot_of_token = packed.slots()
+    assert token_of_slot.shape == (len(lengths), max(lengths))
+    assert token_of_slot.flatten()[slot_of_token].tolist() == list(range(sum(lengths)))
+    assert (token_of_slot == sum(lengths)).sum() == token_of_slot.numel() - sum(lengths)
+
+
+def test_in_one_call_the_number_of_operations_does_not_grow_with_the_number_of_sequences(monkeypatch):
+    """What a step of a small model costs on a GPU is the number of kernels that it starts."""
+    monkeypatch.setattr(packing, "in_one_call", lambda _device: True)
+    model, nothing = _decoder(PAIRS[0]), torch.zeros((0, 16, 64))
+
+    def operations(lengths: list[int]) -> int:
+        packed = pack(*padded(lengths))
+        with packed_attention(model), Operations() as seen:
+            last_states(model, packed, nothing).square().sum().backward()
+        return seen.number
+
+    assert operations([7, 1]) == operations([7, 1, 12, 4, 9, 3])
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operations of torch inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_no_matrix_of_all_tokens_is_made(in_one_call, monkeypatch):
     """The row's attention costs what its sequences cost, not the square of their sum."""
+    monkeypatch.setattr(packing, "in_one_call", lambda _device: in_one_call)
     term, largest = objective(), 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
