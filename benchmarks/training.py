@@ -32,12 +32,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from clock import PARTS, Block, Clock, timed
+from clock import Block, Clock, timed
 from datasets import Dataset
 from documents import export_smollm2
-from scipy import stats
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from training_table import Machine, table
 from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
@@ -55,7 +55,7 @@ from prebench.data.examples import TrainingData
 from prebench.data.order import data_order
 from prebench.model.builder import build_model, build_processor, build_tokenizer
 from prebench.model.freezing import freeze_for_stage
-from prebench.runtime import choose_dtype, hardware, prepare_cpu, versions
+from prebench.runtime import choose_dtype, prepare_cpu
 from prebench.schema import DataConfig, PredictiveConfig, StageConfig, TrainConfig
 from prebench.store import write_text
 from prebench.train.batches import MicroBatches, TrainingInputs
@@ -68,6 +68,7 @@ from prebench.train.packing import packed_attention
 
 WEIGHTS = {"none": None, "baseline": 0.0, "pre": 0.5}
 TRAINERS = ("Trainer", "SFTTrainer", "Trainer-sorted")
+PAIRS = (("pre", "baseline"), ("pre", "none"), *((name, "none") for name in TRAINERS))
 STEPS_BETWEEN = TrainConfig.model_fields["checkpoint_every"].default
 """Steps between two checkpoints."""
 
@@ -122,13 +123,13 @@ def main() -> None:
                     sys.stderr.write(f"round {number}: {name} {block.seconds * 1e3:.1f} ms per step\n")
                     if number >= 0:
                         blocks[name].append(block)
-            table = _report(args, machine, blocks)
+            text = table(args, machine, blocks, PAIRS)
             if "pre" in args.systems:
                 seconds = float(np.median([block.seconds for block in blocks["pre"]]))
-                table += " " + core.submit(_checkpoint_cost, seconds).result()
-    print(table)
+                text += " " + core.submit(_checkpoint_cost, seconds).result()
+    print(text)
     if args.output:
-        write_text(args.output, table + "\n")
+        write_text(args.output, text + "\n")
 
 
 def _begin(args: argparse.Namespace, folder: str, own: bool) -> None:
@@ -141,18 +142,6 @@ def _begin(args: argparse.Namespace, folder: str, own: bool) -> None:
     place = Path(folder) / ("core" if own else "trainers")
     place.mkdir()
     _setting = _smollm2(args, place) if args.architecture else _embedded(args, place)
-
-
-@dataclass
-class Machine:
-    """What the table says above its rows."""
-
-    threads: int
-    gemm_peak: float
-    """FLOP/s."""
-    flops: float
-    """Of matrix products per step of `none`."""
-    stage: StageConfig
 
 
 def _machine() -> Machine:
@@ -376,50 +365,6 @@ def _flops_per_step(setting: Setting) -> float:
             objective(batch).total(batch.num_targets, 1, 0.0).backward()
     objective.zero_grad(set_to_none=True)
     return float(counter.get_total_flops())
-
-
-def _ratio(above: list[Block], below: list[Block]) -> str:
-    """Return the ratio of seconds per step, within rounds: geometric mean and 95% t interval."""
-    logs = np.log([a.seconds / b.seconds for a, b in zip(above, below, strict=True)])
-    mean = float(logs.mean())
-    if len(logs) < 2:
-        return f"{np.exp(mean):.3f}"
-    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
-    return f"{np.exp(mean):.3f} [{np.exp(mean - half):.3f}, {np.exp(mean + half):.3f}]"
-
-
-def _processor(device: str, threads: int) -> str:
-    return hardware()["gpu"] if device == "cuda" else f"cpu ({threads} threads of {hardware()['machine']})"
-
-
-def _report(args: argparse.Namespace, machine: Machine, blocks: dict[str, list[Block]]) -> str:
-    stage, used = machine.stage, versions()
-    software = ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers") if name in used)
-    lines = [
-        f"## {args.architecture or 'embedded'}, {args.input}",
-        "",
-        f"{args.dtype} on {_processor(args.device, machine.threads)}; "
-        f"{stage.batch_size} examples per step in {stage.gradient_accumulation_steps} micro-batches; {args.rounds} "
-        f"rounds of {args.steps} steps; {machine.flops / 1e9:.1f} GFLOP of matrix products per step of `none`; "
-        f"GEMM peak {machine.gemm_peak / 1e9:.1f} GFLOP/s; {software}.",
-        "",
-        "| system | samples/s | share of GEMM peak | forward + backward + optimiser | outside |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, found in blocks.items():
-        seconds = float(np.median([block.seconds for block in found]))
-        row = [name, f"{stage.batch_size / seconds:.2f}", f"{machine.flops / seconds / machine.gemm_peak:.1%}"]
-        if name in WEIGHTS:
-            inside = [float(np.median([block.parts[part] for block in found])) for part in PARTS]
-            outside = float(np.median([1 - sum(block.parts.values()) for block in found]))
-            row += [" + ".join(f"{share:.1%}" for share in inside), f"{outside:.1%}"]
-        else:
-            row += ["", ""]
-        lines.append(f"| {' | '.join(row)} |")
-    pairs = [("pre", "baseline"), ("pre", "none"), *((name, "none") for name in TRAINERS)]
-    lines += ["", f"Seconds per step ({args.clock} time), ratio within rounds: "]
-    told = [f"{a} / {b} {_ratio(blocks[a], blocks[b])}" for a, b in pairs if a in blocks and b in blocks]
-    return "\n".join(lines) + "; ".join(told) + "."
 
 
 if __name__ == "__main__":
