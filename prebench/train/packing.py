@@ -12,7 +12,7 @@ Shape suffixes: B sequences padded to T, N tokens of all sequences together, D t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +142,7 @@ def _attend(
 
     if token_of_slot is not None and slot_of_token is not None:
         # Padding stands on the right, where a causal decoder never looks.
-        attended = attend(_padded(states, token_of_slot, slot_of_token) for states in (query, key, value))
+        attended = attend(_padded((query, key, value), token_of_slot, slot_of_token))
         return _Rearranged.apply(attended.flatten(0, 1), slot_of_token, token_of_slot.flatten())[None], None
     lengths = sequence_lengths.tolist()
     # Split and concatenated, not sliced: the gradient of a slice is as large as the whole, once per sequence.
@@ -150,10 +150,12 @@ def _attend(
     return torch.cat([attend(one) for one in sequences], dim=1), None
 
 
-def _padded(states: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
-    """Return [1, heads, N, d] as [B, heads, T, d], zeros behind each sequence's end."""
-    rows = _Rearranged.apply(states[0].transpose(0, 1), token_of_slot.flatten(), slot_of_token)
-    return rows.unflatten(0, token_of_slot.shape).transpose(1, 2)
+def _padded(states: Sequence[Tensor], token_of_slot: Tensor, slot_of_token: Tensor) -> tuple[Tensor, ...]:
+    """Return each [1, heads, N, d] as [B, heads, T, d], zeros behind each sequence's end; all are moved at once."""
+    together = torch.cat([one[0].transpose(0, 1) for one in states], dim=1)
+    rows = _Rearranged.apply(together, token_of_slot.flatten(), slot_of_token)
+    heads = [one.shape[1] for one in states]
+    return rows.unflatten(0, token_of_slot.shape).transpose(1, 2).split(heads, dim=1)
 
 
 class _Rearranged(torch.autograd.Function):
