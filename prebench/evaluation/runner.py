@@ -12,7 +12,9 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -95,7 +97,7 @@ def run_in_subprocesses(
     """Evaluate what is missing in subprocesses, showing their progress.
 
     Raises:
-        EvaluationError: see `evaluate_runs`; or a subprocess died (the last lines of its log are quoted).
+        EvaluationError: see `evaluate_runs`; or a subprocess died (its last lines are quoted); names the logs.
     """
     work = plan(request, mirror)
     if not work.items:
@@ -115,9 +117,10 @@ def run_in_subprocesses(
         for child in children:
             child.process.terminate()
         raise
-    problems = dict.fromkeys(problem for child in children if (problem := child.problem()))
+    problems = {child: problem for child in children if (problem := child.problem())}
     if problems:
-        raise EvaluationError("; ".join(problems))
+        logs = ", ".join(str(child.log) for child in problems)
+        raise EvaluationError(f"{'; '.join(dict.fromkeys(problems.values()))} (more in {logs})")
 
 
 def split(work: Work, jobs: int) -> list[Work]:
@@ -140,9 +143,9 @@ class _Child:
     def __init__(self, work: Work, number: int, mirror: Path, cache: Path, environment: dict[str, str]) -> None:
         path = cache / WORK_FILE.format(number)
         write_json(path, work.model_dump(mode="json"))
-        self._log = cache / LOG_FILE.format(number)
+        self.log = cache / LOG_FILE.format(number)
         self._error: str | None = None
-        with self._log.open("w", encoding="utf-8") as log_file:
+        with self.log.open("w", encoding="utf-8") as log_file:
             self.process = subprocess.Popen(  # noqa: S603
                 # -P: the mirror may hold a folder called prebench, which must not become importable
                 [sys.executable, "-P", "-m", "prebench.evaluation.runner", str(path)],
@@ -171,9 +174,9 @@ class _Child:
         """Return what went wrong, or None."""
         if self._error is not None or self.process.returncode == 0:
             return self._error
-        lines = [line for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         tail = " | ".join(lines[-LOG_LINES:])
-        return f"the evaluation process ended with code {self.process.returncode}: {tail} (log: {self._log})"
+        return f"the evaluation process ended with code {self.process.returncode}: {tail}"
 
 
 def evaluate_runs(work: Work, send: Callable[[dict[str, Any]], None]) -> None:
@@ -202,7 +205,7 @@ def evaluate_runs(work: Work, send: Callable[[dict[str, Any]], None]) -> None:
         try:
             engine = Engine(run.model_dir, request.device, request.dtype, request.token_budget or DEFAULT_TOKEN_BUDGET)
         except PrebenchError as error:
-            problems[str(error)] = None
+            _note(error, problems)
             continue
         for item in work.items:
             if item.run != run:
@@ -216,9 +219,16 @@ def evaluate_runs(work: Work, send: Callable[[dict[str, Any]], None]) -> None:
                 else:
                     evaluate_probe(engine, task, run, item.hashes, send)
             except PrebenchError as error:
-                problems[str(error)] = None
+                _note(error, problems)
     if problems:
         raise EvaluationError("; ".join(problems))
+
+
+def _note(error: PrebenchError, problems: dict[str, None]) -> None:
+    """Keep the line for the user, and for the log where in upstream's code it began."""
+    problems[str(error)] = None
+    with suppress(OSError):  # on a full disk the line is all that can be given
+        traceback.print_exception(error)
 
 
 def _load(task: str) -> Any:

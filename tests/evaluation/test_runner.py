@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -216,13 +217,15 @@ def test_too_many_failures_fail_the_task_alone(evaluated, tiny_export, mirror, t
     """gqa, which is intact, is written all the same. The cache knows the intact mirror and must not answer with it."""
     request = _request(tiny_export, tmp_path, probe=None, tasks=TASKS[::-1])
     request = request.model_copy(update={"runs": request.runs[:1]})
-    with pytest.raises(EvaluationError, match=r"2 of 24 documents failed, more than 1.0% \(document 5: "):
+    with pytest.raises(EvaluationError, match=r"2 of 24 documents failed, more than 1.0% \(document 5: ") as raised:
         run_in_subprocesses(request, _broken_mirror(mirror, tmp_path), evaluated / "cache")
+    (log,) = re.findall(r"\(more in (.*)\)$", str(raised.value))
+    assert "Traceback" in Path(log).read_text() and "in evaluate_task" in Path(log).read_text()
     assert sorted(p.name for p in (tmp_path / "pre-s0" / "eval").iterdir()) == ["gqa.json", "gqa.samples.jsonl"]
 
 
 @pytest.mark.slow
 def test_a_dead_subprocess_is_one_clear_line(tiny_export, mirror, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONHOME", str(tmp_path / "nowhere"))
-    with pytest.raises(EvaluationError, match=r"the evaluation process ended with code 1: .*log: "):
+    with pytest.raises(EvaluationError, match=r"the evaluation process ended with code 1: .*more in .*evaluate-0.log"):
         run_in_subprocesses(_request(tiny_export, tmp_path), mirror, tmp_path / "cache")
