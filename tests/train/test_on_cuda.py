@@ -27,7 +27,7 @@ from tests.data.tiny_conversations import good_records, write_records
 from tests.train.conftest import RECIPE
 from tests.train.fsdp import train_case
 from tests.train.test_checkpoints import Trial, assert_equal
-from tests.train.test_parity import EVERY_TYPE_AT_ZERO, PRE, parameters
+from tests.train.test_parity import EVERY_TYPE_AT_ZERO, PRE, losses_and_gradients, parameters
 from tests.train.test_sharding import LOSSES, ROOT, cases, log_of
 
 pytestmark = pytest.mark.cuda
@@ -93,21 +93,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, inputs, dtype, 
 
 
 def test_packed_rows_have_the_loss_and_gradients_of_transformers_with_its_mask(inputs):
-    recipe = TrainConfig.model_validate(RECIPE | CUDA)
-    model = build_model(TINY, inputs.processor.tokenizer, 0).cuda()
-    order = data_order(inputs.data, recipe.instruct, "instruct", 0)
-    batch = MicroBatches(order, inputs, build_accelerator(recipe))[0].to(torch.device("cuda"))
-    found = []
-    for ours in (True, False):
-        model.zero_grad()
-        if ours:
-            with packed_attention(model):
-                loss = Objective(model, None)(batch).total(batch.num_targets, 1, 0.0)
-        else:
-            texts = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-            loss = model(**texts, pixel_values=batch.pixel_values).loss
-        loss.backward()
-        found.append({"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    found = losses_and_gradients(inputs, TrainConfig.model_validate(RECIPE | CUDA))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 

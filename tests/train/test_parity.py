@@ -11,7 +11,7 @@ from prebench.config import diff, load_preset, load_suite, load_variant
 from prebench.data.collator import ExampleOrder
 from prebench.model.builder import build_model
 from prebench.schema import NormPenaltyConfig, PredictiveConfig, StageConfig, StudyConfig, TrainConfig
-from prebench.train.batches import MicroBatches
+from prebench.train.batches import MicroBatches, TrainingInputs
 from prebench.train.loop import build_accelerator, build_regularizer
 from prebench.train.objective import Objective
 from prebench.train.packing import packed_attention
@@ -102,11 +102,19 @@ def test_accumulation_does_not_change_the_loss(run_training, batch_size, accumul
 
 def test_loss_and_gradients_are_those_of_transformers_with_its_mask(inputs):
     """The decoder gets packed sequences and no mask: none must see another one, and nothing be lost with padding."""
-    model = build_model(TINY, inputs.processor.tokenizer, 0)
-    order = ExampleOrder(inputs.data, StageConfig.model_validate(RECIPE["instruct"]), "instruct", 0)
-    batch = MicroBatches(order, inputs, build_accelerator(TrainConfig.model_validate(RECIPE)))[0]
+    ours, theirs = losses_and_gradients(inputs, TrainConfig.model_validate(RECIPE))
+    torch.testing.assert_close(ours.pop("loss"), theirs.pop("loss"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def losses_and_gradients(inputs: TrainingInputs, recipe: TrainConfig) -> list[dict[str, torch.Tensor]]:
+    """Return `loss` and gradients by parameter of one micro-batch as prebench computes them, and as transformers."""
+    device = torch.device(recipe.device)
+    model = build_model(TINY, inputs.processor.tokenizer, 0).to(device)
+    order = ExampleOrder(inputs.data, recipe.instruct, "instruct", 0)
+    batch = MicroBatches(order, inputs, build_accelerator(recipe))[0].to(device)
     assert (batch.attention_mask == 0).any()
-    losses, gradients = [], []
+    found = []
     for ours in (True, False):
         model.zero_grad()
         if ours:
@@ -116,11 +124,8 @@ def test_loss_and_gradients_are_those_of_transformers_with_its_mask(inputs):
             texts = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
             loss = model(**texts, pixel_values=batch.pixel_values).loss
         loss.backward()
-        losses.append(loss.detach())
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+        found.append({"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    return found
 
 
 @pytest.mark.parametrize("zero", EVERY_TYPE_AT_ZERO, ids=repr)
