@@ -83,13 +83,11 @@ def last_states(model: LlavaForConditionalGeneration, packed: Packed, projected:
         packed: its sequences.
         projected: the projector's output for their pictures, in order, [I, N_p, D].
     """
-    slots = packed.slots() if in_one_call(packed.input_ids.device) else (None, None)
     states: Tensor = model.model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         sequence_lengths=packed.lengths,
-        token_of_slot=slots[0],
-        slot_of_token=slots[1],
+        slots=packed.slots() if in_one_call(packed.input_ids.device) else None,
         mm_encoder_outputs=encoded_images(projected),
         use_cache=False,
     ).last_hidden_state
@@ -129,8 +127,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     sequence_lengths: Tensor | None = None,
-    token_of_slot: Tensor | None = None,
-    slot_of_token: Tensor | None = None,
+    slots: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within sequences; query, key and value are [1, heads, N, d], the result is [1, N, heads, d]."""
@@ -140,7 +137,8 @@ def _attend(
     def attend(states: Iterable[Tensor]) -> Tensor:
         return sdpa_attention_forward(module, *states, attention_mask=None, **options)[0]
 
-    if token_of_slot is not None and slot_of_token is not None:
+    if slots is not None:
+        token_of_slot, slot_of_token = slots
         # Padding stands on the right, where a causal decoder never looks.
         attended = attend(_padded((query, key, value), token_of_slot, slot_of_token))
         return _Rearranged.apply(attended.flatten(0, 1), slot_of_token, token_of_slot.flatten())[None], None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from tests.train.conftest import RECIPE
 from tests.train.fsdp import train_case
 from tests.train.test_checkpoints import Trial, assert_equal
 from tests.train.test_parity import EVERY_TYPE_AT_ZERO, PRE, losses_and_gradients, parameters
-from tests.train.test_sharding import LOSSES, ROOT, cases, log_of
+from tests.train.test_sharding import LOSSES, cases, launch, log_of
 
 pytestmark = pytest.mark.cuda
 CUDA = {"device": "cuda"}
@@ -43,8 +41,9 @@ def _any_precision() -> None:
     AcceleratorState._reset_state()
 
 
-def losses(lines: list[dict[str, Any]]) -> torch.Tensor:
-    return torch.tensor([[line["lm_loss"], line["pre_loss"]] for line in lines])
+def losses(lines: list[dict[str, Any]], names: Sequence[str] = ("lm_loss", "pre_loss")) -> torch.Tensor:
+    """Return losses line by line; NaN, which equals nothing unless that is asked for, where a line has none."""
+    return torch.tensor([[float("nan") if line.get(name) is None else line[name] for name in names] for line in lines])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,28 +114,15 @@ def test_accelerate_chooses_fsdp2_and_trains_and_resumes_with_it(tmp_path):
     data = write_records(tmp_path / "data", good_records(24, every_text_only=2))
     chosen = {name: case for name, case in cases(data).items() if name in ("plain", "resumed")}
     on_gpu = {name: case | {"recipe": case["recipe"] | CUDA} for name, case in chosen.items()}
-    (tmp_path / "job.json").write_text(json.dumps(on_gpu))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/fsdp2.yaml")]
-    script = [str(ROOT / "tests/train/fsdp.py"), str(tmp_path / "job.json")]
-    subprocess.run(
-        [sys.executable, *launch, "--num_processes", "1", *script],
-        check=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-    )
+    launch(tmp_path, on_gpu, num_processes=1)
     assert all(s["kind"] == "FSDP" and s["sharded"] for s in json.loads((tmp_path / "seen.json").read_text()))
     (tmp_path / "cpu").mkdir()
     expected = train_case(chosen["plain"], tmp_path / "cpu")
-    found = log_of(tmp_path / "plain")
-    torch.testing.assert_close(_numbers(found), _numbers(expected), rtol=1e-3, atol=1e-4, equal_nan=True)
+    found, expected = (losses(lines, LOSSES) for lines in (log_of(tmp_path / "plain"), expected))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
     weights = {name: load_file(_weights(tmp_path / name)) for name in ("plain", "resumed")}
     assert all(torch.equal(tensor, weights["resumed"][name]) for name, tensor in weights["plain"].items())
 
 
 def _weights(folder: Path) -> Path:
     return folder / "model" / "model.safetensors"
-
-
-def _numbers(lines: list[dict[str, Any]]) -> torch.Tensor:
-    """Return the losses line by line; NaN where a line has none."""
-    return torch.tensor([[float("nan") if line.get(n) is None else line[n] for n in LOSSES] for line in lines])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from prebench.costs.stages import shape_model
+from prebench.data.collator import Batch
 from prebench.data.encoding import IGNORE_INDEX
 from prebench.errors import TrainingError
 from prebench.model.visual_states import language_model
@@ -120,10 +121,17 @@ def test_no_matrix_of_all_tokens_is_made(in_one_call, monkeypatch):
             out = func(*args, **(kwargs or {}))
             for value in out if isinstance(out, tuple | list) else [out]:
                 if isinstance(value, torch.Tensor):
-                    largest = max(largest, value.untyped_storage().nbytes() // value.element_size())
+                    largest = max(largest, value.untyped_storage().nbytes())
             return out
 
-    term.regularizer, given = None, batch()
+    term.regularizer, half = None, batch()
+    given = Batch(
+        half.input_ids.repeat(2, 1),
+        half.attention_mask.repeat(2, 1),
+        half.labels.repeat(2, 1),
+        half.image_ids * 2,
+        half.pixel_values.repeat(2, 1, 1, 1),
+    )
     tokens = int(given.attention_mask.sum())
     with packed_attention(term.model), Largest():
         term(given)

@@ -56,15 +56,22 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
     folder = tmp_path_factory.mktemp("sharded")
     data = write_records(tmp_path_factory.mktemp("data"), good_records(24, every_text_only=2))
     chosen = cases(data)
+    launch(folder, chosen, num_processes=2)
+    return folder, chosen
+
+
+def launch(folder: Path, chosen: dict[str, dict[str, Any]], num_processes: int) -> None:
+    """Train cases in one launch, each in its own folder of `folder`."""
     (folder / "job.json").write_text(json.dumps(chosen))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/fsdp2.yaml")]
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/fsdp2.yaml")]
+    script = [str(ROOT / "tests/train/fsdp.py"), str(folder / "job.json")]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     subprocess.run(
-        [sys.executable, *launch, "--num_processes", "2", str(ROOT / "tests/train/fsdp.py"), str(folder / "job.json")],
+        [sys.executable, *command, "--num_processes", str(num_processes), *script],
         check=True,
         timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
-    return folder, chosen
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
